@@ -1,0 +1,1 @@
+"""A child leaves the nest: export, verification, bundles, targets, timing, latency models. Imports `supernet` only."""

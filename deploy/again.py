@@ -1,0 +1,51 @@
+"""Verifying a bundle after its export, as far as what is at hand allows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from deploy import verify
+from deploy.bundle import Bundle
+from deploy.predict import check
+from supernet.errors import InputError
+from supernet.run import Run
+
+
+def verify_again(path: Path, run: Path | None, images: Path | None) -> dict[str, Any]:
+    """What was checked, with figures. Hashes and graph always; with `run` the proof of the export; with `images` each prediction.
+
+    Raises `InputError` for a damaged bundle or another run's, `deploy.verify.VerificationError` where a proof fails.
+    """
+    bundle = Bundle.open(path)
+    onnx.checker.check_model(onnx.load_model_from_string((path / "model.onnx").read_bytes()), full_check=True)
+    result: dict[str, Any] = {"bundle": str(path), "files": len(bundle.manifest["files"]), "hashes": "ok", "graph": "ok"}
+    if run is not None:
+        result |= _against_run(bundle, Run.open(run))
+    if images is not None:
+        try:
+            count, right, differ = check(bundle.predictor, images)
+        except ValueError as error:
+            raise InputError(f"{error}; --images is the folder that the names in images.json are relative to") from error
+        if differ:
+            raise verify.VerificationError(
+                f"{len(differ)} of {count} images are predicted otherwise than at export, first {differ[0]}"
+            )
+        result |= {"images": count, bundle.manifest["accuracy"]["metric"]: right / count}
+    return result
+
+
+def _against_run(bundle: Bundle, run: Run) -> dict[str, Any]:
+    """Repeat the proof on the confirm images (the test split is not read again)."""
+    if bundle.manifest["training"]["weights_sha256"] != run.weights_hash:
+        raise InputError(f"{bundle.path} was exported from other weights than {run.path} has now: give the run that it is from")
+    evaluator = run.evaluator()
+    arch = run.space.arch(bundle.manifest["arch"], str(bundle.path))
+    child_images, child_difference = verify.child_equals_extracted(evaluator, arch)
+    confirm = run.dataset.split("confirm")
+    files = verify.files_of(confirm, run.path / "images")
+    found, difference, largest, agreement = verify.onnx_equals_torch(bundle.predictor, evaluator.calibrated(arch), files)
+    parity = verify.Parity(child_images, child_difference, len(files), difference, largest, agreement)
+    return {**parity.as_dict(), f"confirm_{run.task.metric}": float((found == confirm.labels).mean())}

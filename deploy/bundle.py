@@ -1,0 +1,119 @@
+"""A bundle: the folder that a user ships. Model, manifest, card, and the two files that predict with it; hashes of all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from deploy import predict
+from deploy.predict import Predictor, read_manifest
+from supernet import durable, preprocess
+from supernet.errors import InputError
+
+SCRIPTS = {"predict.py": Path(predict.__file__), "preprocess.py": Path(preprocess.__file__)}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle whose files are those that were exported. Nothing in it is ever executed: prediction runs our own code."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+        """Verify a bundle. Raises `InputError` that names the file that is missing, changed or not listed."""
+        folder = Path(path)
+        try:
+            manifest = read_manifest(folder)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        for name, expected in manifest["files"].items():
+            file = folder / name
+            if Path(name).name != name or not isinstance(expected, str):
+                raise InputError(
+                    f"{folder}: a bundle lists plain file names with hashes, but got {name!r}: do not use this bundle"
+                )
+            if not file.is_file() or file.is_symlink():
+                raise InputError(f"{folder}: {name} is missing: copy the whole folder, or export the child again")
+            if durable.sha256(file) != expected:
+                raise InputError(
+                    f"{folder}: {name} was changed since it was exported: copy it again, or export the child again"
+                )
+        missing = {"model.onnx", "images.json", *SCRIPTS} - manifest["files"].keys()
+        if missing:
+            raise InputError(f"{folder}: the manifest does not list {sorted(missing)[0]}: export the child again")
+        return cls(folder, manifest)
+
+    @cached_property
+    def predictor(self) -> Predictor:
+        """The model, ready to run in ONNX Runtime."""
+        try:
+            return Predictor(self.path)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+    def predict(self, images: Iterable[str | os.PathLike[str] | Image.Image]) -> NDArray[np.float32]:
+        """Probabilities, shape (images, classes), of image files or images. Raises `InputError` for a file that cannot be read."""
+        try:
+            return self.predictor.predict(images)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in the order of the outputs."""
+        return list(self.manifest["classes"])
+
+
+@contextmanager
+def being_written(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
+
+    An older bundle at `out` is replaced; anything else there is refused with an `InputError`.
+    """
+    if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not a bundle: choose another place for the export")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        yield draft
+        draft.chmod(0o755)
+        durable.sync_folder(draft)
+        if out.exists():
+            old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
+            out.replace(old)
+            draft.replace(out)
+            shutil.rmtree(old)
+        else:
+            draft.replace(out)
+        durable.sync_folder(out.parent)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def write_model(folder: Path, model: bytes, manifest: dict[str, Any]) -> None:
+    """Put model, scripts and a first manifest into a draft: enough to predict with."""
+    durable.write_bytes(folder / "model.onnx", model)
+    for name, source in SCRIPTS.items():
+        durable.write_bytes(folder / name, source.read_bytes())
+    write_manifest(folder, manifest)
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest with the hashes of all that lies beside it."""
+    hashes = {file.name: durable.sha256(file) for file in sorted(folder.iterdir()) if file.name != "manifest.json"}
+    durable.write_text(folder / "manifest.json", json.dumps({**manifest, "files": hashes}, indent=1) + "\n")

@@ -1,0 +1,82 @@
+"""The card of a bundle: what a colleague reads first, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from supernet.space import Space
+
+
+def card(manifest: Mapping[str, Any], space: Space) -> str:
+    """Markdown of a manifest."""
+    accuracy, parity, preprocessing = manifest["accuracy"], manifest["parity"], manifest["preprocessing"]
+    metric = accuracy["metric"]
+    lines = [
+        f"# Child {manifest['key']} of {plain(manifest['space']['name'])}",
+        "",
+        f"An image classifier for {len(manifest['classes'])} classes from one weight-sharing supernet, not retrained.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| {metric} | {accuracy[metric]:.2%} (95 %: {accuracy['low']:.2%} to {accuracy['high']:.2%}) on {accuracy['images']} images "
+        f"of the {accuracy['split']} split |",
+        f"| multiply-accumulates | {manifest['macs']:,} |",
+        f"| parameters | {manifest['params']:,} |",
+        f"| peak activation memory | {manifest['peak_memory_bytes']:,} bytes (fp32, batch 1) |",
+        *(
+            f"| latency, {plain(entry['target'])} | {entry['latency_ms']:.4g} ms (95 %: {entry['low']:.4g} to {entry['high']:.4g}), "
+            f"batch 1, {plain(entry['fingerprint']['processor'])}, {plain(entry['fingerprint']['runtime'])}, {entry['date']} |"
+            for entry in manifest["latency"]
+        ),
+        f"| input | `{manifest['input']['name']}` {manifest['input']['shape']}, {manifest['input']['type']}, normalised |",
+        f"| output | `{manifest['output']['name']}` {manifest['output']['shape']}: logits |",
+        f"| format | ONNX opset {manifest['opset']}, {manifest['precision']}, batch norm folded |",
+        "",
+        "## Use",
+        "",
+        "    pip install onnxruntime numpy pillow",
+        "    python predict.py IMAGE...",
+        "",
+        "## Preprocessing",
+        "",
+        f"The central square of {preprocessing['crop']:.4g} of the short side, resized to {preprocessing['resolution']} px "
+        f"(bicubic, Pillow), divided by 255, less {preprocessing['mean']}, over {preprocessing['std']}: see `preprocess.py`.",
+        "",
+        "## Architecture",
+        "",
+        *architecture(manifest, space),
+        "",
+        "## Verified at export",
+        "",
+        f"* Supernet child and extracted child: logits differ by {parity['child_difference']:.2e}, {parity['child_images']} images.",
+        f"* torch and ONNX Runtime, from image files: at most {parity['onnx_difference']:.2e} on {parity['onnx_images']} images, where "
+        f"logits reach {parity['largest_logit']:.3g}; the same class on {parity['agreement']:.2%}.",
+        "* `images.json` lists every image with its label and prediction; `python predict.py --check FOLDER` repeats them.",
+        "",
+        "## Classes",
+        "",
+        ", ".join(f"`{plain(name)}`" for name in manifest["classes"]),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def architecture(manifest: Mapping[str, Any], space: Space) -> list[str]:
+    """A Markdown table with a row a stage."""
+    rows = space.family.rows({name: (choice,) for name, choice in manifest["arch"].items()})
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    table = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return [*table, *("| " + " | ".join(cell(row.get(column, "")) for column in columns) + " |" for row in rows)]
+
+
+def cell(value: object) -> str:
+    """A choice as text: one value plain, several in a row."""
+    values = value if isinstance(value, list | tuple) else (value,)
+    return ", ".join(str(item) for item in dict.fromkeys(values))
+
+
+def plain(text: object) -> str:
+    """Text that cannot break out of a Markdown line or table cell, nor start a tag."""
+    cleaned = " ".join(str(text).split())
+    return cleaned.replace("`", "'").replace("|", "/").replace("<", "(").replace(">", ")")

@@ -1,0 +1,105 @@
+"""Commands of this package: export, verify, predict. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from supernet.arch import Arch
+    from supernet.run import Run
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that `nestling export` wrote.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the program."""
+    app.command(epilog="Example: nestling export runs/digits --out my-model")(export)
+    app.command(epilog="Example: nestling verify my-model --run runs/digits")(verify)
+    app.command(epilog="Example: nestling predict my-model photo.jpg other.png --top 3")(predict)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Where the bundle goes; RUN/bundle if left out.")] = None,
+    arch: Annotated[str, typer.Option("--arch", help="best (of the latest search), smallest, largest, or a JSON file.")] = "best",
+    split: Annotated[str, typer.Option("--split", help="Images for the accuracy: test (reads are counted) or confirm.")] = "test",
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Export a child to a verified bundle: ONNX model, manifest, card, and a script that predicts."""
+    from deploy.ship import ship
+    from supernet.console import print_json
+    from supernet.run import Run
+    from supernet.space import read_arch
+
+    found = Run.open(run)
+    chosen, latencies = best_of(found) if arch == "best" else (read_arch(found.space, arch), [])
+    bundle = ship(found, chosen, out or run / "bundle", split=split, latencies=latencies)
+    if as_json:
+        print_json({"bundle": str(bundle.path), **_short(bundle.manifest)})
+        return
+    accuracy, parity = bundle.manifest["accuracy"], bundle.manifest["parity"]
+    print(f"{bundle.path}: child {chosen.key}, {accuracy['metric']} {accuracy[accuracy['metric']]:.2%} "
+          f"({accuracy['low']:.2%} to {accuracy['high']:.2%}) on {accuracy['images']} {accuracy['split']} images")  # fmt: skip
+    print(f"verified: supernet child to extracted child {parity['child_difference']:.2e}, torch to ONNX Runtime "
+          f"{parity['onnx_difference']:.2e}, same class on {parity['agreement']:.2%} of {parity['onnx_images']} images")  # fmt: skip
+    print(f"Next: nestling predict {bundle.path} IMAGE")
+
+
+def verify(
+    bundle: BundlePath,
+    run: Annotated[Path | None, typer.Option("--run", help="The run it is from: repeats the whole proof.")] = None,
+    images: Annotated[Path | None, typer.Option("--images", help="Folder of the images in images.json: repeats predictions.")] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Check a bundle: hashes always; against its run, the whole proof; against image files, every prediction."""
+    from deploy.again import verify_again
+    from supernet.console import print_json
+
+    result = verify_again(bundle, run, images)
+    if as_json:
+        print_json(result)
+    else:
+        print("; ".join(f"{name}: {value}" for name, value in result.items()))
+
+
+def predict(
+    bundle: BundlePath,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    top: Annotated[int, typer.Option("--top", min=1, help="Classes printed for each image.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each image.")] = False,
+) -> None:
+    """Print classes and probabilities of images, with ONNX Runtime, NumPy and Pillow alone."""
+    from deploy import predict as predicting
+    from supernet.errors import InputError
+
+    try:
+        predictor = predicting.Predictor(bundle)
+        predicting.report(predictor, [str(image) for image in images], top, as_json)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def best_of(run: Run) -> tuple[Arch, list[Mapping[str, Any]]]:
+    """The child that the latest search of a run chose, and its measured latency."""
+    from supernet.errors import InputError
+
+    path = run.path / "search" / "found.json"
+    if not path.is_file():
+        raise InputError(f"{run.path} was not searched yet: run `nestling search {run.path}` first, or give --arch")
+    try:
+        best = json.loads(path.read_text())["best"]
+        return run.space.arch(best["arch"], str(path)), [best["latency"]] if best["latency"] else []
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is damaged ({error!r}): search again, which repeats no evaluation") from error
+
+
+def _short(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: manifest[name] for name in ("key", "macs", "params", "peak_memory_bytes", "accuracy", "parity", "latency")}

@@ -1,0 +1,94 @@
+"""From a child of a run to a bundle: calibrate, export, verify on image files, write. All or nothing."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploy import verify
+from deploy.bundle import Bundle, being_written, write_manifest, write_model
+from deploy.card import card
+from deploy.export import INPUT, OPSET, OUTPUT, to_onnx
+from deploy.predict import FORMAT, Predictor
+from supernet import durable
+from supernet.arch import Arch
+from supernet.costs import arch_costs
+from supernet.data.dataset import SplitImages
+from supernet.evaluate import Evaluator
+from supernet.run import Run, environment
+from supernet.task import Scores
+
+
+def ship(
+    run: Run, arch: Arch, out: Path, *, split: str = "test", evaluator: Evaluator | None = None,
+    latencies: Sequence[Mapping[str, Any]] = (),
+) -> Bundle:  # fmt: skip
+    """Export a child and prove it; its accuracy is counted on `split` from image files, through ONNX Runtime.
+
+    "test" is read and counted (`Run.test_images`). `latencies` are measurements for the manifest. Raises
+    `deploy.verify.VerificationError` where the exported model is not the child; nothing is left behind then.
+    """
+    evaluator = evaluator or run.evaluator()
+    images = run.test_images(f"export of {arch.key}") if split == "test" else run.dataset.split(split)
+    resolution = run.space.resolution(arch)
+    network = evaluator.calibrated(arch).cpu()
+    model = to_onnx(network, channels=run.space.family.in_channels, resolution=resolution)
+    manifest = _facts(run, arch, images)
+    manifest["latency"] = [dict(entry) for entry in latencies]
+    with being_written(out) as draft:
+        write_model(draft, model.SerializeToString(), manifest)
+        child_images, child_difference = verify.child_equals_extracted(evaluator, arch)
+        files = verify.files_of(images, run.path / "images")
+        found, difference, largest, agreement = verify.onnx_equals_torch(Predictor(draft), network, files)
+        manifest["parity"] = verify.Parity(child_images, child_difference, len(files), difference, largest, agreement).as_dict()
+        scores: Scores = found == images.labels
+        estimate = run.task.estimate(scores)
+        manifest["accuracy"] = {
+            "metric": run.task.metric, "split": split, "images": estimate.images, run.task.metric: estimate.value,
+            "low": estimate.low, "high": estimate.high,
+        }  # fmt: skip
+        _write_images(draft / "images.json", run, images, found)
+        durable.write_text(draft / "card.md", card(manifest, run.space))
+        write_manifest(draft, manifest)
+    return Bundle.open(out)
+
+
+def _facts(run: Run, arch: Arch, images: SplitImages) -> dict[str, Any]:
+    resolution, channels = run.space.resolution(arch), run.space.family.in_channels
+    return {
+        "format": FORMAT,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "key": arch.key,
+        "arch": arch.as_dict(),
+        "space": dict(run.space.definition),
+        **arch_costs(run.space, arch),
+        "classes": list(run.classes),
+        "input": {"name": INPUT, "shape": ["batch", channels, resolution, resolution], "type": "float32", "layout": "NCHW"},
+        "output": {"name": OUTPUT, "shape": ["batch", len(run.classes)], "type": "float32"},
+        "opset": OPSET,
+        "precision": "fp32",
+        "preprocessing": images.preprocessing(resolution).as_dict(),
+        "training": {
+            "recipe": run.recipe.model_dump(mode="json"),
+            "weights_sha256": run.weights_hash,
+            "data_fingerprint": run.data["fingerprint"],
+            "data": Path(run.data["name"]).name,
+            "calibration_images": min(run.recipe.calibration_images, len(run.dataset.splits.train)),
+            "test_reads": run.test_reads,
+        },
+        "versions": environment()["versions"],
+        "latency": [],
+        "files": {},
+    }
+
+
+def _write_images(path: Path, run: Run, images: SplitImages, found: np.ndarray[Any, Any]) -> None:
+    rows = [
+        {"image": identity, "label": run.classes[label], "predicted": run.classes[guess]}
+        for identity, label, guess in zip(images.identities, images.labels, found, strict=True)
+    ]
+    durable.write_json(path, {"format": 1, "split": images.name, "images": rows})

@@ -1,0 +1,123 @@
+"""Proof that what is shipped is what was found: supernet child == extracted child == ONNX Runtime, from real image files.
+
+Axes: N images, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from deploy.predict import BATCH, Predictor, file_of
+from supernet.arch import Arch
+from supernet.data.dataset import SplitImages
+from supernet.evaluate import Evaluator
+from supernet.preprocess import open_image
+from supernet.step import normalised
+
+TOLERANCE = 1e-4
+"""Largest difference of a logit, relative to the largest logit (but at least to 1): rounding of fp32 through a deep network."""
+CHILD_IMAGES = 64
+
+
+class VerificationError(RuntimeError):
+    """The exported model is not the child that was found. Nothing was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """Differences of logits, and agreement of decisions, between the forms of one child."""
+
+    child_images: int
+    child_difference: float
+    """Largest absolute difference between the supernet's child and the extracted one, on batch statistics."""
+    onnx_images: int
+    onnx_difference: float
+    """The same between the extracted child, calibrated, and ONNX Runtime from image files."""
+    largest_logit: float
+    agreement: float
+    """Fraction of images with the same class."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        return asdict(self)
+
+
+def child_equals_extracted(evaluator: Evaluator, arch: Arch) -> tuple[int, float]:
+    """Images and largest absolute difference of logits; both networks normalise by the same batch."""
+    supernet = evaluator.supernet
+    device = next(supernet.parameters()).device
+    pixels = torch.from_numpy(evaluator.train.pixels(supernet.space.resolution(arch), CHILD_IMAGES)).to(device)
+    mean, std = (torch.tensor(value, device=device).view(1, -1, 1, 1) for value in (evaluator.train.mean, evaluator.train.std))
+    images = normalised(pixels.permute(0, 3, 1, 2), mean, std)
+    with torch.no_grad():
+        child, extracted = supernet.child(arch)(images), supernet.extract(arch).train()(images)
+    difference = float((child - extracted).abs().max())
+    if not difference <= TOLERANCE * max(1.0, float(child.abs().max())):
+        raise VerificationError(f"the extracted child differs from the supernet's by {difference:.3g} in a logit")
+    return len(images), difference
+
+
+def torch_logits(network: nn.Module, images_nchw: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Logits, shape (N, K), of a calibrated network."""
+    device = next(network.parameters()).device
+    with torch.no_grad():
+        logits: NDArray[np.float32] = network(torch.from_numpy(images_nchw).to(device)).cpu().numpy()
+    return logits
+
+
+def compare(expected: NDArray[np.float32], found: NDArray[np.float32]) -> tuple[float, float]:
+    """Largest absolute difference of logits and agreement of classes; raises `VerificationError` beyond rounding.
+
+    A class may differ only where rounding decides: the two best logits lie within the tolerance.
+    """
+    scale = max(1.0, float(np.abs(expected).max()))
+    difference = float(np.abs(expected - found).max())
+    if not difference <= TOLERANCE * scale:
+        raise VerificationError(
+            f"ONNX Runtime differs from torch by {difference:.3g} in a logit, where logits reach {scale:.3g}"
+        )
+    ordered = np.sort(expected, axis=1)
+    clear = ordered[:, -1] - ordered[:, -2] > 2 * TOLERANCE * scale
+    same = expected.argmax(axis=1) == found.argmax(axis=1)
+    if not same[clear].all():
+        raise VerificationError(f"ONNX Runtime decides otherwise than torch on {int((~same[clear]).sum())} images")
+    return difference, float(same.mean())
+
+
+def files_of(images: SplitImages, folder: Path) -> list[Path]:
+    """A file for every image: its own, or a PNG written under `folder` where the source is an array."""
+    found = []
+    for index, identity, file in zip(images.indices, images.identities, images.files, strict=True):
+        path = file or file_of(identity, folder)
+        if not path.exists() and file is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            images.source.image(int(index)).save(path)
+        found.append(path)
+    return found
+
+
+def onnx_equals_torch(
+    predictor: Predictor, network: nn.Module, files: Sequence[Path]
+) -> tuple[NDArray[np.int64], float, float, float]:
+    """Run files through the bundle and through torch.
+
+    Returns the bundle's classes, shape (N,), the largest absolute difference, the largest logit, and the agreement.
+    """
+    classes, differences, agreements, largest = [], [], [], 0.0
+    for start in range(0, len(files), BATCH):
+        images = [open_image(file, predictor.preprocessing.channels) for file in files[start : start + BATCH]]
+        expected, found = torch_logits(network, predictor.preprocessing(images)), predictor.logits(images)
+        difference, agreement = compare(expected, found)
+        classes.append(found.argmax(axis=1))
+        differences.append(difference)
+        agreements.append(agreement * len(images))
+        largest = max(largest, float(np.abs(expected).max()))
+    return np.concatenate(classes), max(differences), largest, sum(agreements) / len(files)

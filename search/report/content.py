@@ -1,0 +1,137 @@
+"""What the report of a run shows, gathered from the files of the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deploy.card import cell
+from deploy.latency import LatencyModel
+from deploy.targets import Local
+from search.feasible import Feasible
+from search.found import Child, Found
+from search.loop import latency_file
+from search.report.page import ReportContent, write_report
+from search.store import Store
+from supernet import durable
+from supernet.costs import Costs
+from supernet.errors import InputError
+from supernet.run import Run
+from supernet.space import Space
+
+
+def report_of(run: Run, out: Path) -> Path:
+    """Write the report of a run: training alone, or with its latest search and final result where there are such."""
+    write_report(out, content_of(run))
+    return out
+
+
+def content_of(run: Run) -> ReportContent:
+    """Everything that the run's files know; test results only where they are of the latest search."""
+    training = durable.read_lines(run.path / "metrics.jsonl")
+    if not (run.path / "search" / "found.json").is_file():
+        return ReportContent(
+            title=run.path.name, training=training, facts=_facts(run, {}), notes=["This run was not searched yet."]
+        )
+    found = Found.load(run)
+    result = _result(run, found)
+    model = _latency_model(run)
+    return ReportContent(
+        title=run.path.name,
+        summary=[_summary(name, child, result.get(name)) for name, child in _three(found).items()],
+        budgets=found.budgets,
+        training=training,
+        children=_children(run, found, model),
+        front=found.front,
+        chosen=found.best.key,
+        arch_table=_arch_table(run.space, found.best),
+        latency_fit=[(key, predicted, measured, True) for key, predicted, measured, _ in model.measured] if model else None,
+        latency_fit_error=_fit_error(model) if model else "",
+        facts=_facts(run, result),
+        notes=_notes(found, result),
+    )
+
+
+def _three(found: Found) -> dict[str, Child]:
+    return {"chosen": found.best, "smallest": found.smallest, "largest": found.largest}
+
+
+def _result(run: Run, found: Found) -> dict[str, Any]:
+    path = run.path / "result.json"
+    try:
+        value = json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): remove it, `nestling run` writes it again") from error
+    whole = isinstance(value, dict) and all(
+        value.get(name, {}).get("key") == child.key for name, child in _three(found).items()
+    )
+    return value if whole else {}
+
+
+def _latency_model(run: Run) -> LatencyModel | None:
+    path = latency_file(run, Local())
+    return LatencyModel.load(path, run.space, Local()) if path.exists() else None
+
+
+def _summary(name: str, child: Child, tested: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Test accuracy where the final result has it; else the confirm split's, without an interval."""
+    latency = child.latency
+    shown = tested or {"top1": child.confirm_score}
+    return {
+        "name": name, "key": child.key, **{part: shown.get(part) for part in ("top1", "top1_low", "top1_high")},
+        "macs": child.costs["macs"], "params": child.costs["params"], "latency_ms": latency.latency_ms if latency else None,
+        "latency_ms_high": latency.high if latency else None, "predicted_latency_ms": child.predicted_latency_ms,
+    }  # fmt: skip
+
+
+def _children(run: Run, found: Found, model: LatencyModel | None) -> list[dict[str, Any]]:
+    measured = {child.key: child.latency.latency_ms for child in (*found.finalists, *_three(found).values()) if child.latency}
+    with Store.existing(run.path / "search" / "search.sqlite") as store:
+        rows = store.rows()
+    codes = run.space.encode([run.space.arch(json.loads(row.arch)) for row in rows])
+    predicted = Feasible(run.space, Costs(run.space), (), model).table(codes).get("latency_ms")
+    return [
+        {
+            "key": row.key, "score": row.score, "stage": row.stage, "measured_latency_ms": measured.get(row.key),
+            "costs": {**row.costs, **({"predicted_latency_ms": float(predicted[position])} if predicted is not None else {})},
+        }
+        for position, row in enumerate(rows)
+    ]  # fmt: skip
+
+
+def _arch_table(space: Space, child: Child) -> list[dict[str, str]]:
+    rows = space.family.rows({name: (choice,) for name, choice in child.arch})
+    return [{column: cell(value) for column, value in row.items()} for row in rows]
+
+
+def _fit_error(model: LatencyModel) -> str:
+    return (f"Fitted on {len(model.measured)} measured children; mean relative error {model.mape:.1%} on each left out in turn. "
+            "Finalists are measured, not predicted.")  # fmt: skip
+
+
+def _facts(run: Run, result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    environment = json.loads((run.path / "environment.json").read_text())
+    splits = run.dataset.splits
+    sizes = {name: len(getattr(splits, name)) for name in ("train", "search_val", "confirm", "test")}
+    seconds = result.get("seconds", {})
+    return [
+        ("space", f"{run.space.name}, {run.space.size:.3g} archs"),
+        ("data", f"{Path(run.data['name']).name}, {len(run.classes)} classes"),
+        ("images", ", ".join(f"{name} {count}" for name, count in sizes.items())),
+        ("recipe", f"{run.recipe.name}, {run.recipe.epochs} epochs, batch {run.recipe.batch_size}"),
+        ("reads of the test split", str(run.test_reads)),
+        ("processor", f"{environment['processor']}, {environment['cores']} cores"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in environment["versions"].items())),
+        *([("seconds", ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))] if seconds else []),
+    ]
+
+
+def _notes(found: Found, result: Mapping[str, Any]) -> list[str]:
+    which = "test split" if result else "confirm split (the test split was not read)"
+    remark = (
+        f"Accuracies in the first table are of the {which}; those in the picture are of the search-val split, on which the search "
+        "compares children and whose best value is therefore a lucky one."
+    )
+    return [remark, *(f"{note[0].upper()}{note[1:]}." for note in found.notes)]

@@ -1,0 +1,71 @@
+"""Parts that the blocks of every family are made of: plain modules, no elasticity anywhere.
+
+Axes: N batch, C channels, H W space.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"swish": nn.SiLU, "relu": nn.ReLU, "hard_swish": nn.Hardswish}
+
+
+def divisible(channels: float, by: int = 8) -> int:
+    """Nearest multiple of `by`, but never more than 10 % below `channels` (MobileNetV2's rule for channel counts)."""
+    rounded = max(by, int(channels + by / 2) // by * by)
+    return rounded + by if rounded < 0.9 * channels else rounded
+
+
+class ConvNorm(nn.Sequential):
+    """Convolution without bias, batch norm and an optional activation, under the names `conv`, `norm`, `act`."""
+
+    def __init__(
+        self, in_: int, out: int, kernel_size: int = 1, *, stride: int = 1, groups: int = 1, act: nn.Module | None = None
+    ) -> None:
+        conv = nn.Conv2d(in_, out, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
+        parts: list[tuple[str, nn.Module]] = [("conv", conv), ("norm", nn.BatchNorm2d(out))]
+        super().__init__(OrderedDict([*parts, ("act", act)] if act is not None else parts))
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gate: mean over the map, two 1x1 convolutions, hard sigmoid (Hu et al. 2018; hard as in MobileNetV3)."""
+
+    def __init__(self, channels: int, squeezed: int) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(channels, squeezed, 1)
+        self.expand = nn.Conv2d(squeezed, channels, 1)
+
+    def forward(self, x_nchw: Tensor) -> Tensor:
+        """Scale the channels of `x_nchw`."""
+        gate = self.expand(self.reduce(x_nchw.mean((2, 3), keepdim=True)).relu())
+        return x_nchw * nn.functional.hardsigmoid(gate)
+
+
+class Downsample(nn.AvgPool2d):
+    """Average pooling that keeps a last partial window, averaging what is there: ceil(size / stride) pixels, as a convolution."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__(stride, ceil_mode=True, count_include_pad=False)
+
+
+def initial(module: nn.Module, parameter: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """First value of a stored parameter, by the kind of module that owns it.
+
+    Convolutions: normal, variance 2 / fan-out (He et al. 2015; EfficientNet's choice). Classifier: normal, 0.01, so that the
+    first gradients of the summed children stay near 1 in norm. Norms: scale 1. Every bias and shift: 0.
+    """
+    if isinstance(module, nn.BatchNorm2d | nn.LayerNorm) and parameter == "weight":
+        return torch.ones(shape)
+    if parameter == "bias":
+        return torch.zeros(shape)
+    if isinstance(module, nn.Conv2d):
+        fan_out = shape[0] * math.prod(shape[2:]) // (shape[0] if module.groups > 1 else 1)
+        return torch.empty(shape).normal_(0, math.sqrt(2 / fan_out), generator=generator)
+    if isinstance(module, nn.Linear):
+        return torch.empty(shape).normal_(0, 0.01, generator=generator)
+    raise TypeError(f"no rule to initialise {parameter!r} of {type(module).__name__}: add one to supernet/blocks.py")

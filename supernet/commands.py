@@ -1,0 +1,167 @@
+"""Commands of this package: spaces, describe, train. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from supernet.console import Display
+    from supernet.run import Run
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Out = Annotated[Path, typer.Option("--out", help="Directory of the run.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="A folder of images (FOLDER/class/*.jpg), an .npz file, digits, mnist, fashion-mnist, cifar10 or cifar100.",
+    ),
+]
+SpaceName = Annotated[
+    str | None,
+    typer.Option("--space", help="A space by name (nestling spaces) or YAML file; chosen from the data if left out."),
+]
+Recipe = Annotated[
+    str | None, typer.Option("--recipe", help="A recipe by name or YAML file; chosen from the data if left out.")
+]
+Epochs = Annotated[int | None, typer.Option("--epochs", min=1, help="Passes over the training images.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a key of the recipe: key=value, with dots for nested keys.")
+]
+Root = Annotated[Path | None, typer.Option("--data-root", help="Where torchvision's sets lie.")]
+Download = Annotated[bool, typer.Option("--download", help="Allow torchvision to download its set into --data-root.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that decode training images.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the program."""
+    app.command(epilog="Example: nestling spaces --json")(spaces)
+    app.command(epilog="Example: nestling describe --space attentivenas --arch smallest")(describe)
+    app.command(epilog="Example: nestling train --data digits --out runs/digits --epochs 10")(train)
+
+
+def spaces(as_json: Json = False) -> None:
+    """List the search spaces: how many children, and their range of costs."""
+    from supernet import config
+    from supernet.console import print_json, print_table
+    from supernet.costs import arch_costs
+    from supernet.space import load_space
+
+    rows = []
+    for name in config.names("spaces"):
+        space = load_space(name)
+        ends = [arch_costs(space, arch) for arch in (space.smallest, space.largest)]
+        resolutions = next(dimension.choices for dimension in space.dimensions if dimension.name == "resolution")
+        rows.append(
+            {
+                "space": name,
+                "family": space.definition["family"],
+                "archs": space.size,
+                "resolution": list(resolutions),
+                "macs": [end["macs"] for end in ends],
+                "params": [end["params"] for end in ends],
+                "source": space.definition["source"],
+            }
+        )
+    if as_json:
+        print_json(rows)
+        return
+    print_table([
+        {**row, "archs": f"{row['archs']:.3g}", "macs": _range(row["macs"]), "params": _range(row["params"])} for row in rows
+    ])  # fmt: skip
+
+
+def describe(
+    space: Annotated[str, typer.Option("--space", help="A space by name or YAML file.")],
+    arch: Annotated[
+        str | None, typer.Option("--arch", help="smallest, largest, or a JSON file (ours, or a paper's table entry).")
+    ] = None,
+    classes: Annotated[int | None, typer.Option("--classes", min=1, help="Number of classes, if not the space's own.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a space, or one arch of it, as a table of its stages with macs, params, peak memory and key."""
+    from supernet.console import print_json, print_table
+    from supernet.costs import arch_costs
+    from supernet.space import load_space, read_arch
+
+    found = load_space(space, classes=classes)
+    if arch is None:
+        ends = {
+            name: {"key": end.key, **arch_costs(found, end)}
+            for name, end in (("smallest", found.smallest), ("largest", found.largest))
+        }
+        result = {"space": found.name, "key": found.key, "archs": found.size,
+                  "dimensions": {dimension.name: list(dimension.choices) for dimension in found.dimensions}, **ends}  # fmt: skip
+        rows = found.family.rows({dimension.name: dimension.choices for dimension in found.dimensions})
+        title, end_rows = f"{found.name}: {found.size:.3g} archs", [{"arch": name, **end} for name, end in ends.items()]
+    else:
+        chosen = read_arch(found, arch)
+        result = {"space": found.name, "key": chosen.key, **arch_costs(found, chosen), "arch": chosen.as_dict()}
+        rows = found.family.rows({name: (choice,) for name, choice in chosen})
+        title, end_rows = f"{found.name}: {arch}", [{"key": chosen.key, **arch_costs(found, chosen)}]
+    if as_json:
+        print_json(result)
+        return
+    print_table(rows, title)
+    print_table(end_rows)
+    print("macs: multiply-accumulates (the papers' FLOPs); peak memory: live fp32 activations; all at batch 1")
+
+
+def train(
+    out: Out, data: Data = "", space: SpaceName = None, recipe: Recipe = None, epochs: Epochs = None, set_: Set = None,
+    data_root: Root = None, download: Download = False, device: Device = "auto", workers: Workers = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its last whole checkpoint.")] = False,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Train a supernet: every child of the space at once, in one set of weights."""
+    from supernet import device as devices
+    from supernet import start as starting
+    from supernet.console import Display, print_json
+    from supernet.errors import InputError
+    from supernet.recipe import parse_overrides
+
+    where = devices.choose(device)
+    if resume:
+        if data or space or recipe or epochs or set_:
+            raise InputError(
+                "--resume continues the run as it was configured: leave out --data, --space, --recipe, --epochs and --set"
+            )
+        begun = starting.resume(out)
+    elif not data:
+        raise InputError("give the images with --data (a folder, an .npz file, or the name of a known set), or --resume")
+    else:
+        begun = starting.start(data, out, space=space, recipe=recipe, epochs=epochs, overrides=parse_overrides(set_ or []),
+                               root=data_root, download=download, device=where)  # fmt: skip
+    display = Display()
+    for reason in begun.reasons:
+        display.say(reason)
+    train_shown(begun.run, where, workers, display)
+    if as_json:
+        print_json({"run": str(out), "space": begun.run.space.key, "weights_sha256": begun.run.weights_hash})
+    else:
+        display.say(f"trained: {out}. Next: nestling search {out} --budget 'macs<=5e6'")
+
+
+def train_shown(run: Run, device: str, workers: int, display: Display) -> None:
+    """Train with a progress line."""
+    from supernet.train import Progress
+    from supernet.train import train as train_run
+
+    with display.stage("train") as stage:
+        note = ""
+
+        def progress(now: Progress) -> None:
+            nonlocal note
+            if now.line:
+                note = " ".join(f"{role} {child[run.task.metric]:.1%}" for role, child in now.line["children"].items())
+            stage.update(now.step, now.steps, note)
+
+        train_run(run, device=device, workers=workers, progress=progress)
+
+
+def _range(ends: list[int]) -> str:
+    return f"{ends[0] / 1e6:,.2f} to {ends[1] / 1e6:,.2f} M"

@@ -1,0 +1,135 @@
+"""Reading what people write: strict YAML and JSON, checked by pydantic models, with errors that name file, key and remedy."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from supernet.errors import InputError
+
+MOST_BYTES = 1_000_000
+"""A configuration is a page of text; what is larger is not one (and may be an attack)."""
+
+
+class Config(BaseModel):
+    """Base of every configuration: frozen, no unknown keys, no silent conversion of types (but 1e-5 is a number)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def configs_folder() -> Path:
+    """Where the configurations lie: inside the installed package, or at the top of a checkout."""
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def names(kind: str) -> list[str]:
+    """Names of the shipped configurations of a kind: "spaces", "train" or "search"."""
+    return sorted(path.stem for path in (configs_folder() / kind).glob("*.yaml"))
+
+
+def find(kind: str, name: str) -> Path:
+    """Path of a shipped configuration by its name, or of the user's own by its path.
+
+    Raises `InputError` listing what there is.
+    """
+    shipped = configs_folder() / kind / f"{name}.yaml"
+    if name in names(kind):
+        return shipped
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml", ".json"} and path.is_file():
+        return path
+    raise InputError(
+        f"{kind} are named {', '.join(names(kind))} or are the path of a YAML file, but got {name!r}{nearest(name, names(kind))}"
+    )
+
+
+def nearest(given: str, known: list[str]) -> str:
+    """A question that offers the nearest known name, or nothing."""
+    close = difflib.get_close_matches(given, known, n=1)
+    return f". Did you mean {close[0]!r}?" if close else ""
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A mapping from a YAML or JSON file.
+
+    No tags, no anchors, no key twice. Raises `InputError` with the file and line.
+    """
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise InputError(f"{path}: a configuration holds at most {MOST_BYTES} bytes, this one has {path.stat().st_size}")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}): give the path of a readable file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: must be UTF-8 text ({error.reason} at byte {error.start})") from error
+    try:
+        value = yaml.load(text, Loader=_StrictLoader)  # a SafeLoader: builds no objects
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise InputError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: must hold a mapping of keys to values, but holds {type(value).__name__}")
+    return value
+
+
+def parse(model: type[Model], value: Any, where: str) -> Model:
+    """Check `value` against a model; the first mistake becomes an `InputError` that names its key."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{where}: {key + ': ' if key else ''}{_message(model, first)}") from error
+
+
+def _message(model: type[BaseModel], error: Any) -> str:
+    if error["type"] == "extra_forbidden":
+        known = sorted(_keys(model))
+        return f"unknown key{nearest(str(error['loc'][-1]), known) or f'; known are {known}'}"
+    if error["type"] == "missing":
+        return "this key is required: add it"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    given = f" (got {json.dumps(error['input'], default=str)[:80]})" if not isinstance(error["input"], dict) else ""
+    return f"{message}{given}"
+
+
+def _keys(model: type[BaseModel]) -> set[str]:
+    """Keys of a model and of the models within it (a hint need not be exact)."""
+    found: set[str] = set()
+    for name, field in model.model_fields.items():
+        found.add(name)
+        inner = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        for kind in inner:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found |= _keys(kind)
+    return found
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses repeated keys and aliases (a few hundred bytes of which can unfold into gigabytes)."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.YAMLError(f"line {mark.line + 1}: anchors and aliases are not allowed here: write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: keys must be text, but got {key!r}")
+            if key in seen:
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key {key!r} stands here twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)

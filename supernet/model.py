@@ -1,0 +1,228 @@
+"""The supernet: every weight once, at the largest shape that any child gives it; children are plain networks over views of it.
+
+A child's parameters are leaf tensors that view the store, and their gradients are views of the store's gradients, so the forward
+and backward passes of a child are exactly those of the plain network built at its size, and gradients of several children sum
+up where their weights overlap. Nothing here has a mode, and what ties children to the store is a cache, never part of the state.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from supernet.arch import Arch
+from supernet.blocks import initial
+from supernet.family import BlockSpec, variants
+from supernet.slicing import part_of
+from supernet.space import Space
+
+MOST_BOUND_BLOCKS = 10_000
+"""Blocks kept ready; beyond it (a space with free choices in every block) the cache starts anew."""
+
+LAYOUT_WARNING = "grad and param do not obey the gradient layout contract"
+"""Views are not dense in memory, which autograd remarks upon once; it costs nothing here, since it adds in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Binding:
+    """A stored parameter as it was when a view of it was made; the view is good as long as this still holds."""
+
+    owner: dict[str, Any]  # the `_parameters` of the module that holds it
+    name: str
+    whole: nn.Parameter
+    address: int
+
+    def holds(self) -> bool:
+        return self.owner.get(self.name) is self.whole and self.whole.data_ptr() == self.address
+
+
+class Supernet(nn.Module):
+    """All weights of a space.
+
+    Its parameters behave like any module's (`optimizer.step()`, `zero_grad()`, `.to()`, `deepcopy`, `state_dict`, EMA); they are
+    named `slot.path`, as they are in a child. A parameter that no child touched since `zero_grad()` has no gradient and is left
+    alone by optimizers. Hooks on these parameters never fire (autograd sees the children's), so wrappers such as DDP do not see
+    the gradients either. Second-order gradients through a child (`create_graph=True`) do not reach the store.
+
+    The initial values are drawn from a generator seeded with `seed`.
+    """
+
+    def __init__(self, space: Space, *, seed: int = 0) -> None:
+        super().__init__()
+        self.space = space
+        generator = torch.Generator().manual_seed(seed)
+        for slot in space.family.slots:
+            geometries = {spec.geometry for _, spec in variants(slot, space.by_name, space.family) if spec is not None}
+            for name, (owner, shape) in _union([_on_meta(geometry) for geometry in sorted(geometries, key=repr)]).items():
+                zero = name.endswith(space.family.zero_init)
+                value = torch.zeros(shape) if zero else initial(owner, name.rpartition(".")[2], shape, generator)
+                _register(self, f"{slot.name}.{name}", nn.Parameter(value))
+        self._drop_bindings()
+
+    def child(self, arch: Arch, *, dropout: float = 0.0, drop_path: float = 0.0) -> nn.Sequential:
+        """The child as a plain network over views of the shared weights, normalising by the statistics of each batch.
+
+        `dropout` is the rate before the classifier; `drop_path` that of the last block, from 0 at the first (linear, Huang et al.
+        2016). Blocks are shared by all children that have them: set nothing on them (no `eval()`, no hooks), and calibrate and
+        evaluate an extracted copy (`extract`). Assembling a child whose blocks were bound before takes well under a millisecond.
+        """
+        plan = self.space.plan(arch)
+        network = nn.Sequential()
+        for position, (slot, spec) in enumerate(plan.items()):
+            rate = {"dropout": dropout, "drop_path": drop_path * position / (len(plan) - 1), None: 0.0}[spec.regulariser]
+            network.add_module(slot, self._bound(slot, spec.geometry, rate))
+        return network
+
+    def forward(self, images_nchw: Tensor, arch: Arch) -> Tensor:
+        """Output of the child `arch`, as in training (batch statistics)."""
+        output: Tensor = self.child(arch)(images_nchw)
+        return output
+
+    def extract(self, arch: Arch) -> nn.Sequential:
+        """The child as a plain network with contiguous weights of its own, in training mode.
+
+        Its batch-norm statistics are not set: calibrate it before `eval()` (`supernet.calibrate`). Same rule as `child`, by copy.
+        """
+        stored = dict(self.named_parameters())
+        network = plain(self.space, arch)
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                whole = stored[name].detach()
+                part = whole[part_of(whole.shape, parameter.shape)]
+                parameter.data = part.clone(memory_format=torch.contiguous_format)
+        for module in network.modules():  # buffers follow the weights
+            if isinstance(module, nn.BatchNorm2d):
+                module.to(device=module.weight.device, dtype=module.weight.dtype)
+        return network
+
+    def _bound(self, slot: str, geometry: BlockSpec, drop: float) -> nn.Module:
+        key = (slot, geometry, drop)
+        if key in self._blocks:
+            block, bindings = self._blocks[key]
+            if all(binding.holds() for binding in bindings):
+                return block
+            self._drop_bindings()  # storage moved behind our back (`p.data = ...`, a submodule's `.to()`)
+        elif len(self._blocks) >= MOST_BOUND_BLOCKS:
+            self._drop_bindings()
+        block, bindings = _on_meta(geometry, drop), []
+        for path, module in block.named_modules():
+            _use_batch_statistics(module)
+            for name, meta in list(module.named_parameters(recurse=False)):
+                stored = ".".join(filter(None, (slot, path, name)))
+                setattr(module, name, self._view(stored, meta.shape))
+                owner = self.get_submodule(stored.rpartition(".")[0])._parameters
+                whole = self.get_parameter(stored)
+                bindings.append(_Binding(owner, name, whole, whole.data_ptr()))
+        self._blocks[key] = (block, bindings)
+        return block
+
+    def _view(self, name: str, shape: torch.Size) -> nn.Parameter:
+        """A leaf over a part of the parameter `name`, whose gradient is the same part of that parameter's gradient."""
+        warnings.filterwarnings("ignore", message=LAYOUT_WARNING)
+        whole, buffer = self.get_parameter(name), self._gradient(name)
+        index = part_of(whole.shape, shape)
+        part = nn.Parameter(whole.detach()[index], requires_grad=whole.requires_grad)  # detach keeps the version counter
+        if whole.requires_grad:
+            part.grad = buffer[index]
+            part.register_hook(_tie(whole, buffer, part, part.grad))  # type: ignore[no-untyped-call]
+        return part
+
+    def _gradient(self, name: str) -> Tensor:
+        """Where the gradient of `name` is gathered: a piece of one flat buffer, laid out in memory like the parameter."""
+        if not self._gradients:
+            by_kind: dict[tuple[torch.device, torch.dtype], dict[str, nn.Parameter]] = {}
+            for key, parameter in self.named_parameters():
+                by_kind.setdefault((parameter.device, parameter.dtype), {})[key] = parameter
+            for (device, dtype), parameters in by_kind.items():
+                flat = torch.zeros(sum(p.numel() for p in parameters.values()), device=device, dtype=dtype)
+                pieces = torch.split(flat, [p.numel() for p in parameters.values()])
+                for (key, parameter), piece in zip(parameters.items(), pieces, strict=True):
+                    self._gradients[key] = piece.as_strided(parameter.shape, parameter.stride(), piece.storage_offset())
+        return self._gradients[name]
+
+    def _drop_bindings(self) -> None:
+        self._blocks: dict[tuple[str, BlockSpec, float], tuple[nn.Module, list[_Binding]]] = {}
+        self._gradients: dict[str, Tensor] = {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`.to()`, `.cuda()`, `.double()`: new storage, so children must be tied anew; gradients move with their parameters."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._drop_bindings()
+        return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As any module's; `assign=True` brings new storage, so children must be tied anew."""
+        result = super().load_state_dict(state_dict, strict, assign)
+        self._drop_bindings()
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        """`deepcopy` and pickle carry weights, not ties."""
+        return {**self.__dict__, "_blocks": {}, "_gradients": {}}
+
+
+def plain(space: Space, arch: Arch) -> nn.Sequential:
+    """The ordinary network of `arch`, freshly initialised by torch: what a child is compared with, and what extraction fills."""
+    network = nn.Sequential()
+    for slot, spec in space.plan(arch).items():
+        network.add_module(slot, spec.build())
+    return network
+
+
+def _tie(whole: nn.Parameter, buffer: Tensor, part: nn.Parameter, view: Tensor) -> Callable[[Tensor], None]:
+    """A hook that runs just before autograd adds to `part.grad` and makes sure that this addition lands in `whole.grad`."""
+
+    def tie(_: Tensor) -> None:
+        if whole.grad is not buffer:
+            if whole.grad is None:  # first touch since zero_grad()
+                buffer.zero_()
+            else:  # somebody put a gradient of their own there
+                buffer.copy_(whole.grad)
+            whole.grad = buffer
+        if part.grad is not view:  # zero_grad() on the child itself
+            if part.grad is None:
+                view.zero_()
+            else:
+                view.copy_(part.grad)
+            part.grad = view
+
+    return tie
+
+
+def _union(blocks: list[nn.Module]) -> dict[str, tuple[nn.Module, torch.Size]]:
+    """Parameter name -> (a module that owns it, the smallest shape that holds it in every block)."""
+    union: dict[str, tuple[nn.Module, torch.Size]] = {}
+    for block in blocks:
+        for path, module in block.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                full = ".".join(filter(None, (path, name)))
+                before = union[full][1] if full in union else parameter.shape
+                union[full] = (module, torch.Size(max(pair) for pair in zip(before, parameter.shape, strict=True)))
+    return union
+
+
+def _on_meta(geometry: BlockSpec, drop: float = 0.0) -> nn.Module:
+    with torch.device("meta"):
+        return geometry.build(drop)
+
+
+def _register(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Register under a dotted name, making plain containers on the way."""
+    *path, last = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    root.register_parameter(last, parameter)
+
+
+def _use_batch_statistics(module: nn.Module) -> None:
+    """One child's running statistics mean nothing to another, so a child over views keeps none."""
+    if isinstance(module, nn.BatchNorm2d):
+        module.track_running_stats = False
+        module.running_mean = module.running_var = module.num_batches_tracked = None

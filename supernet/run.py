@@ -1,0 +1,182 @@
+"""A run directory: what was asked for, on what machine, what was learnt, and who looked at the test images.
+
+`config.json` (resolved, complete), `environment.json`, `splits.json`, `metrics.jsonl`, `checkpoints/`, `test_reads.jsonl`.
+Every stage after training needs nothing but this directory and the data.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from supernet import checkpoint, config, durable
+from supernet.data.batches import channel_statistics
+from supernet.data.dataset import Dataset, SplitImages
+from supernet.data.sources import Source, open_source
+from supernet.data.splits import Splits, divide
+from supernet.errors import InputError
+from supernet.evaluate import Evaluator
+from supernet.model import Supernet
+from supernet.recipe import TrainConfig
+from supernet.space import Space
+from supernet.task import TASKS, Task
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory that exists. Make one with `Run.create`, take one up with `Run.open`."""
+
+    path: Path
+    space: Space
+    recipe: TrainConfig
+    data: dict[str, Any]
+    task: Task
+
+    @classmethod
+    def create(cls, path: Path, space: Space, recipe: TrainConfig, source: Source, *, root: Path | None = None) -> Run:
+        """Divide the data, measure its channels and write the directory. Raises `InputError` where a run is there already."""
+        if (path / "config.json").exists():
+            raise InputError(f"{path} holds a run already: continue it with --resume, or choose another --out")
+        splits = divide(source, seed=recipe.seed)
+        mean, std = channel_statistics(source, splits.train)
+        data = {"name": source.name, "root": str(root) if root else None, "fingerprint": source.fingerprint,
+                "classes": list(source.classes), "channels": source.channels, "mean": list(mean), "std": list(std)}  # fmt: skip
+        path.mkdir(parents=True, exist_ok=True)
+        durable.write_json(path / "splits.json", splits.to_json_dict(source))
+        durable.write_json(path / "environment.json", environment())
+        durable.write_json(path / "config.json", {
+            "format": FORMAT, "task": "classification", "space": dict(space.definition), "recipe": recipe.model_dump(mode="json"),
+            "data": data,
+        })  # last: a run is one that has its config  # fmt: skip
+        run = cls.open(path)
+        run.__dict__["source"] = source  # it is open already
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """The run in a directory. Raises `InputError` that says what is wrong with it."""
+        file = path / "config.json"
+        if not file.is_file():
+            raise InputError(f"{path} is not a run directory (it has no config.json): give the --out of `nestling train`")
+        try:
+            value = json.loads(file.read_text())
+        except ValueError as error:
+            raise InputError(f"{file} is damaged ({error}): restore it, or start a new run") from error
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            found = value.get("format") if isinstance(value, dict) else None
+            raise InputError(f"{file} has format {found!r}, this version reads {FORMAT}: use the version that wrote it")
+        missing = {"space", "recipe", "data", "task"} - value.keys()
+        if missing or value["task"] not in TASKS:
+            raise InputError(f"{file} is incomplete (missing: {sorted(missing)}): restore it, or start a new run")
+        recipe = config.parse(TrainConfig, value["recipe"], f"{file}: recipe")
+        return cls(path, Space.from_definition(value["space"], f"{file}: space"), recipe, value["data"], TASKS[value["task"]]())
+
+    @cached_property
+    def source(self) -> Source:
+        """The images, opened again as the run names them."""
+        root = self.data["root"]
+        return open_source(self.data["name"], root=Path(root) if root else None)
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """Train, search-val and confirm splits. Raises `InputError` where the data changed since the run began."""
+        splits = Splits.from_json_dict(json.loads((self.path / "splits.json").read_text()), self.source)
+        return Dataset(self.source, splits, tuple(self.data["mean"]), tuple(self.data["std"]), self.recipe.crop)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of the outputs."""
+        return tuple(self.data["classes"])
+
+    def test_images(self, purpose: str) -> SplitImages:
+        """The test split; this read, with its `purpose`, is counted in the run (`test_reads.jsonl`)."""
+        line = {"purpose": purpose, "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+        durable.append_line(self.path / "test_reads.jsonl", json.dumps(line))
+        return self.dataset._images("test")
+
+    @property
+    def test_reads(self) -> int:
+        """How often the test split was read."""
+        return len(durable.read_lines(self.path / "test_reads.jsonl"))
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        """Whether training ran to its end."""
+        path = checkpoint.latest(self.checkpoints)
+        return path is not None and bool(json.loads((path / "state.json").read_text()).get("finished"))
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """SHA-256 of the newest whole checkpoint's weights: what an evaluation belongs to."""
+        manifest = json.loads((self._newest() / "manifest.json").read_text())
+        return str(manifest["sha256"]["weights.safetensors"])
+
+    def supernet(self, device: str = "cpu") -> Supernet:
+        """The supernet of the newest whole checkpoint, without gradients, on `device`."""
+        supernet = Supernet(self.space)
+        load_weights(supernet, checkpoint.load(self._newest()))
+        supernet.requires_grad_(False)
+        return supernet.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+    def evaluator(self, device: str = "cpu") -> Evaluator:
+        """Calibrates and scores children of this run."""
+        return Evaluator(self.supernet(device), self.task, self.dataset.split("train"), self.recipe.calibration_images)
+
+    def _newest(self) -> Path:
+        path = checkpoint.latest(self.checkpoints)
+        if path is None:
+            raise InputError(f"{self.path} has no whole checkpoint yet: train it first (nestling train ... --resume)")
+        return path
+
+
+def load_weights(supernet: Supernet, saved: checkpoint.Checkpoint) -> None:
+    """Fill a supernet from a checkpoint. Raises `InputError` where they are of different spaces."""
+    if saved.state.get("space") != supernet.space.key:
+        raise InputError(f"the checkpoint was written for the space {saved.state.get('space')}, this run has {supernet.space.key}: "
+                         "use the run's own checkpoints")  # fmt: skip
+    supernet.load_state_dict(saved.tensors["weights"])
+
+
+def environment() -> dict[str, Any]:
+    """Machine and versions, for the record. Nothing that names a person or a host."""
+    found = {}
+    for name in ("nestling", "torch", "torchvision", "timm", "numpy", "onnx", "onnxruntime", "onnxscript"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": found,
+    }
+
+
+def processor() -> str:
+    """The processor's name as the kernel gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

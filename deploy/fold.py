@@ -17,9 +17,9 @@ Network = TypeVar("Network", bound=nn.Module)
 def folded(network: Network) -> Network:
     """A copy without batch norm, equal to `network` in evaluation mode up to rounding.
 
-    Raises `ValueError` where the network is in training mode or a norm stands alone.
+    Raises `ValueError` where a part of the network is in training mode or a norm stands alone.
     """
-    if network.training:
+    if any(module.training for module in network.modules()):
         raise ValueError("folding needs calibrated statistics in evaluation mode: calibrate the network first")
     result = copy.deepcopy(network)
     for module in result.modules():

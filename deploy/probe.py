@@ -94,5 +94,5 @@ def _onnx_form(operation: Operation) -> tuple[str, dict[str, Any], list[tuple[tu
     if operation.kind == "mean":
         return "ReduceMean", {"keepdims": 1}, [((), [2, 3])]
     if operation.kind == "flatten":
-        return "Reshape", {}, [((), [-1, x.elements])]
+        return "Reshape", {"allowzero": 1}, [((), [-1, x.elements])]
     return POINTWISE[operation.kind], {"alpha": 1 / 6} if operation.kind == "hard_sigmoid" else {}, []

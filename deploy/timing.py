@@ -45,6 +45,8 @@ def time_interleaved(
     Goes on until each 95 % interval is within +-`precision` of its median, for at most `most_seconds` (then `stable` is False where
     it is not).
     """
+    if not calls:
+        return []
     read = time.thread_time_ns if clock == "cpu" else time.perf_counter_ns
     repeats = [_repeats(call) for call in calls]
     samples: list[list[tuple[float, float]]] = [[] for _ in calls]

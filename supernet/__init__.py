@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from supernet.arch import Arch as Arch
-    from supernet.calibrate import calibrate as calibrate
     from supernet.costs import Costs as Costs
     from supernet.costs import arch_costs as arch_costs
     from supernet.errors import InputError as InputError
@@ -25,11 +24,10 @@ _HOMES = {
     "Space": "space",
     "Supernet": "model",
     "arch_costs": "costs",
-    "calibrate": "calibrate",
     "load_space": "space",
 }
 
-__all__ = ["Arch", "Costs", "InputError", "Space", "Supernet", "arch_costs", "calibrate", "load_space"]
+__all__ = ["Arch", "Costs", "InputError", "Space", "Supernet", "arch_costs", "load_space"]
 
 
 def __getattr__(name: str) -> Any:

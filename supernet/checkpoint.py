@@ -66,7 +66,8 @@ def load(path: Path) -> Checkpoint:
     if problem:
         raise InputError(f"{path} is not a whole checkpoint: {problem}. Use an older one, or start the run anew")
     manifest = json.loads((path / "manifest.json").read_text())
-    tensors = {file.stem: load_tensors(file.read_bytes()) for file in sorted(path.glob("*.safetensors"))}
+    files = [path / name for name in manifest["sha256"] if name.endswith(".safetensors")]  # what is not listed is not ours
+    tensors = {file.stem: load_tensors(file.read_bytes()) for file in files}
     return Checkpoint(int(manifest["step"]), tensors, json.loads((path / "state.json").read_text()))
 
 
@@ -85,7 +86,7 @@ def verify(path: Path) -> str | None:
             return "its manifest does not list the weights and the state"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         return f"it cannot be read ({error})"
     return None
 

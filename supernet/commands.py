@@ -81,6 +81,7 @@ def describe(
         str | None, typer.Option("--arch", help="smallest, largest, or a JSON file (ours, or a paper's table entry).")
     ] = None,
     classes: Annotated[int | None, typer.Option("--classes", min=1, help="Number of classes, if not the space's own.")] = None,
+    recount: Annotated[bool, typer.Option("--recount", help="Also count the arch with fvcore, on the network itself.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show a space, or one arch of it, as a table of its stages with macs, params, peak memory and key."""
@@ -101,6 +102,10 @@ def describe(
     else:
         chosen = read_arch(found, arch)
         result = {"space": found.name, "key": chosen.key, **arch_costs(found, chosen), "arch": chosen.as_dict()}
+        if recount:
+            from supernet.recount import recount as count
+
+            result["fvcore"] = count(found, chosen)
         rows = found.family.rows({name: (choice,) for name, choice in chosen})
         title, end_rows = f"{found.name}: {arch}", [{"key": chosen.key, **arch_costs(found, chosen)}]
     if as_json:
@@ -108,6 +113,8 @@ def describe(
         return
     print_table(rows, title)
     print_table(end_rows)
+    if "fvcore" in result:
+        print(f"fvcore counts {result['fvcore']}")
     print("macs: multiply-accumulates (the papers' FLOPs); peak memory: live fp32 activations; all at batch 1")
 
 

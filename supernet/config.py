@@ -6,10 +6,10 @@ import difflib
 import json
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from supernet.errors import InputError
 
@@ -24,6 +24,16 @@ class Config(BaseModel):
 
 
 Model = TypeVar("Model", bound=BaseModel)
+
+
+def _no_truth_value(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_truth_value), Field(allow_inf_nan=False)]
+"""A finite number, also one that YAML 1.1 takes for text (1e-5)."""
 
 
 def configs_folder() -> Path:
@@ -46,11 +56,19 @@ def find(kind: str, name: str) -> Path:
     if name in names(kind):
         return shipped
     path = Path(name)
-    if path.suffix in {".yaml", ".yml", ".json"} and path.is_file():
+    if path.suffix in {".yaml", ".yml", ".json"} and is_file(path):
         return path
     raise InputError(
         f"{kind} are named {', '.join(names(kind))} or are the path of a YAML file, but got {name!r}{nearest(name, names(kind))}"
     )
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there; False also for what cannot be a path (a text that is too long for one)."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def nearest(given: str, known: list[str]) -> str:
@@ -88,7 +106,8 @@ def parse(model: type[Model], value: Any, where: str) -> Model:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{where}: {key + ': ' if key else ''}{_message(model, first)}") from error
+        text = f"{where}: {key + ': ' if key else ''}{_message(model, first)}"
+        raise InputError(" ".join(text.split())) from error  # a key may hold line breaks
 
 
 def _message(model: type[BaseModel], error: Any) -> str:
@@ -115,12 +134,17 @@ def _keys(model: type[BaseModel]) -> set[str]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses repeated keys and aliases (a few hundred bytes of which can unfold into gigabytes)."""
+    """SafeLoader that refuses tags, repeated keys and aliases (a few hundred bytes of which can unfold into gigabytes)."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.YAMLError(f"line {mark.line + 1}: anchors and aliases are not allowed here: write the value out")
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if getattr(event, "tag", None) is not None:
+            raise yaml.YAMLError(
+                f"line {event.start_mark.line + 1}: tags ({event.tag}) are not allowed here: write the plain value"
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:

@@ -1,6 +1,9 @@
-"""The device that computes: asked for by name, never guessed silently."""
+"""What computes: the device, asked for by name and never guessed silently, and the number of threads."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from supernet.errors import InputError
 
@@ -18,3 +21,23 @@ def choose(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("torch sees no CUDA device here: use --device cpu, or install a torch with CUDA and a driver")
     return name
+
+
+SMALL_MACS = 20_000_000
+"""Largest child below which one thread is as fast as several: handing out the work takes as long as doing it."""
+
+
+@contextmanager
+def fitting_threads(largest_macs: int) -> Iterator[None]:
+    """Compute with one thread where the networks are small, with torch's own number else; restores that number.
+
+    On a busy machine, several threads that wait for each other at every small operator are slower by far than one.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if largest_macs < SMALL_MACS else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

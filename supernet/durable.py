@@ -39,9 +39,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line in a single write; a reader may find the last line torn and must ignore it then (`read_lines`)."""
-    with path.open("ab") as file:
-        file.write(line.encode() + b"\n")
+    """Append one line in a single write; a reader may find the last line torn and must ignore it then (`read_lines`).
+
+    After a torn line it begins a new one, so that only the torn one is lost.
+    """
+    with path.open("ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        torn = file.read(1) not in (b"", b"\n")
+        file.write((b"\n" if torn else b"") + line.encode() + b"\n")
 
 
 def read_lines(path: Path) -> list[Any]:

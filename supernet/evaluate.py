@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from supernet.arch import Arch
 from supernet.calibrate import calibrate
+from supernet.costs import arch_costs
 from supernet.data.dataset import SplitImages
+from supernet.device import fitting_threads
 from supernet.model import Supernet
 from supernet.step import normalised
 from supernet.task import Scores, Task
@@ -37,13 +39,14 @@ class Evaluator:
         pixels = torch.from_numpy(self.train.pixels(self.supernet.space.resolution(arch), self.calibration_images))
         size = min(CALIBRATION_BATCH, len(pixels))
         whole = len(pixels) // size * size  # equal batches weigh the same
-        return calibrate(network, self._batches(pixels[:whole], size))
+        with fitting_threads(self._largest_macs):
+            return calibrate(network, self._batches(pixels[:whole], size))
 
     def scores(self, network: nn.Module, resolution: int, split: SplitImages) -> Scores:
         """The task's score of every image of `split`, shape (images,), in the split's order."""
         pixels, targets = torch.from_numpy(split.pixels(resolution)), torch.from_numpy(split.labels).to(self._device)
         found = []
-        with torch.no_grad():
+        with torch.no_grad(), fitting_threads(self._largest_macs):
             for position, images in enumerate(self._batches(pixels, self.batch_size)):
                 start = position * self.batch_size
                 found.append(self.task.scores(network(images), targets[start : start + len(images)]))
@@ -53,6 +56,11 @@ class Evaluator:
     def evaluate(self, arch: Arch, split: SplitImages) -> Scores:
         """Calibrate and score one child."""
         return self.scores(self.calibrated(arch), self.supernet.space.resolution(arch), split)
+
+    @property
+    def _largest_macs(self) -> int:
+        space = self.supernet.space
+        return arch_costs(space, space.largest)["macs"]
 
     @property
     def _device(self) -> torch.device:

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, StrictBool, StrictInt
+from pydantic import AfterValidator, Field, StrictBool, StrictInt, model_validator
 
 from supernet import config
-from supernet.config import Config
+from supernet.config import Config, Number
 from supernet.errors import InputError
 from supernet.schedule import Schedule
 
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Rate = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Size = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[StrictInt, Field(ge=1)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+Rate = Annotated[Number, Field(ge=0, lt=1)]
+Size = Annotated[Number, Field(ge=0, le=1_000_000)]
+Count = Annotated[StrictInt, Field(ge=1, le=1_000_000)]
 
 
 class AugmentConfig(Config):
     """What happens to a training image before it is cropped to the largest resolution."""
 
-    min_area: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_area: Annotated[Number, Field(ge=0.01, le=1)] = 1.0
     """Smallest fraction of the area that a random crop keeps."""
     flip: Fraction = 0.0
     """Probability of mirroring left and right."""
-    shift: Rate = 0.0
+    shift: Annotated[Number, Field(ge=0, le=0.5)] = 0.0
     """Random shift, as a fraction of the side."""
-    rotate_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
+    rotate_degrees: Annotated[Number, Field(ge=0, le=180)] = 0.0
 
 
 class DistillationConfig(Config):
@@ -38,13 +38,24 @@ class DistillationConfig(Config):
     most: Fraction = 1.0
     """Weight of the soft targets at the end; the rest stays with the labels."""
 
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.start > self.end:
+            raise ValueError(f"start ({self.start:g}) must not lie after end ({self.end:g}): exchange them")
+        return self
+
+
+UNUSABLE = ("bnb", "fused", "adahessian", "adafactorbv", "cadafactorbv", "kron", "lamb", "clamb")
+"""How names begin that timm lists but that do not train here: other packages, second derivatives, state no checkpoint holds."""
+
 
 def _optimizer(name: str) -> str:
     from timm.optim import list_optimizers
 
-    known = [str(each) for each in list_optimizers()]
+    known = [str(each) for each in list_optimizers() if not str(each).startswith(UNUSABLE)]
     if name not in known:
-        raise ValueError(f"must be the name of an optimizer of timm{config.nearest(name, known) or ', such as sgd or adamw'}")
+        hint = config.nearest(name, known) or ", such as sgd or adamw"
+        raise ValueError(f"must be the name of an optimizer of timm whose state can be saved{hint}")
     return name
 
 
@@ -55,11 +66,11 @@ class TrainConfig(Config):
     name: str = "custom"
     source: str = ""
     epochs: Count
-    batch_size: Annotated[StrictInt, Field(ge=2)] = 128
+    batch_size: Annotated[StrictInt, Field(ge=2, le=1_000_000)] = 128
     children: Annotated[StrictInt, Field(ge=1, le=64)] = 4
     """Largest, smallest and random ones; their gradients are summed."""
     optimizer: Annotated[str, AfterValidator(_optimizer)] = "sgd"
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    learning_rate: Annotated[Number, Field(gt=0)]
     """Peak, for this batch size; nothing is rescaled."""
     momentum: Rate = 0.9
     weight_decay: Size = 1e-4
@@ -68,7 +79,7 @@ class TrainConfig(Config):
     schedule: Schedule = "cosine"
     floor: Fraction = 0.0
     """Lowest learning rate, as a fraction of the peak."""
-    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    clip_norm: Annotated[Number, Field(gt=0)] | None = None
     """Largest norm of the summed gradient."""
     label_smoothing: Rate = 0.1
     dropout: Rate = 0.0
@@ -80,7 +91,7 @@ class TrainConfig(Config):
     seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = 0
     calibration_images: Annotated[StrictInt, Field(ge=2)] = 2048
     """Training images from which each child's batch-norm statistics are measured."""
-    crop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    crop: Annotated[Number, Field(gt=0, le=1)] = 1.0
     """Fraction of the short side that the central crop keeps when a child is evaluated and deployed."""
 
 
@@ -107,7 +118,7 @@ def parse_overrides(texts: list[str]) -> dict[str, Any]:
             raise InputError(f"an override is written key=value, such as epochs=10, but got {text!r}")
         try:
             read = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that does not exist
             raise InputError(f"the value of {text!r} cannot be read: write a number, text or true/false") from error
         if isinstance(read, dict | list):
             raise InputError(f"the value of {text!r} must be a number, text or true/false: write nested keys with dots")

@@ -31,6 +31,8 @@ from supernet.space import Space
 from supernet.task import TASKS, Task
 
 FORMAT = 1
+DATA = ("name", "root", "fingerprint", "classes", "channels", "mean", "std")
+"""What a run remembers of its data."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,20 @@ class Run:
             raise InputError(f"{path} is not a run directory (it has no config.json): give the --out of `nestling train`")
         try:
             value = json.loads(file.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{file} is damaged ({error}): restore it, or start a new run") from error
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             found = value.get("format") if isinstance(value, dict) else None
             raise InputError(f"{file} has format {found!r}, this version reads {FORMAT}: use the version that wrote it")
-        missing = {"space", "recipe", "data", "task"} - value.keys()
-        if missing or value["task"] not in TASKS:
-            raise InputError(f"{file} is incomplete (missing: {sorted(missing)}): restore it, or start a new run")
+        kinds = {"space": dict, "recipe": dict, "data": dict, "task": str}
+        missing = [name for name, kind in kinds.items() if not isinstance(value.get(name), kind)]
+        missing += [] if "data" in missing else [f"data.{name}" for name in DATA if name not in value["data"]]
+        if missing:
+            raise InputError(f"{file} is incomplete (missing: {missing}): restore it, or start a new run")
+        if value["task"] not in TASKS:
+            raise InputError(
+                f"{file}: task must be one of {sorted(TASKS)}, but got {value['task']!r}: use the version that wrote it"
+            )
         recipe = config.parse(TrainConfig, value["recipe"], f"{file}: recipe")
         return cls(path, Space.from_definition(value["space"], f"{file}: space"), recipe, value["data"], TASKS[value["task"]]())
 
@@ -91,7 +99,12 @@ class Run:
     @cached_property
     def dataset(self) -> Dataset:
         """Train, search-val and confirm splits. Raises `InputError` where the data changed since the run began."""
-        splits = Splits.from_json_dict(json.loads((self.path / "splits.json").read_text()), self.source)
+        file = self.path / "splits.json"
+        try:
+            value = json.loads(file.read_text())
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{file} is damaged ({error}): restore it, or start a new run") from error
+        splits = Splits.from_json_dict(value, self.source)
         return Dataset(self.source, splits, tuple(self.data["mean"]), tuple(self.data["std"]), self.recipe.crop)
 
     @property

@@ -38,6 +38,8 @@ class Space:
     @classmethod
     def from_definition(cls, value: Mapping[str, Any], where: str = "space") -> Space:
         """Check a definition (the content of a space's YAML). Raises `InputError` with the key and the remedy."""
+        if not isinstance(value, Mapping):
+            raise InputError(f"{where}: must be a mapping of keys to values, but got {type(value).__name__}")
         family = value.get("family")
         if not isinstance(family, str) or family not in FAMILIES:
             hint = config.nearest(str(family), sorted(FAMILIES))
@@ -183,8 +185,8 @@ def read_arch(space: Space, text: str) -> Arch:
     if text in {"smallest", "largest"}:
         return space.smallest if text == "smallest" else space.largest
     path = Path(text)
-    if not path.is_file():
-        raise InputError(f"an arch is 'smallest', 'largest' or the path of a JSON file, but got {text!r}")
+    if not config.is_file(path):
+        raise InputError(f"an arch is 'smallest', 'largest' or the path of a JSON file, but got {text[:200]!r}")
     value = config.read(path)
     if isinstance(value.get("arch"), dict):
         value = value["arch"]

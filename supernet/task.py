@@ -106,7 +106,9 @@ class Classification:
         return np.packbits(scores.astype(bool)).tobytes()
 
     def unpack(self, packed: bytes, images: int) -> Scores:
-        """Bits back to bools, shape (images,)."""
+        """Bits back to bools, shape (images,). Raises `ValueError` where the bytes are of another number of images."""
+        if len(packed) != math.ceil(images / 8):
+            raise ValueError(f"scores of {images} images take {math.ceil(images / 8)} bytes, but there are {len(packed)}")
         return np.unpackbits(np.frombuffer(packed, np.uint8), count=images).astype(bool)
 
     def estimate(self, scores: Scores) -> Estimate:

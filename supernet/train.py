@@ -16,7 +16,9 @@ import torch
 from timm.optim import create_optimizer_v2
 
 from supernet import checkpoint, durable
+from supernet.costs import arch_costs
 from supernet.data.batches import Augment, TrainingBatches
+from supernet.device import fitting_threads
 from supernet.errors import InputError
 from supernet.losses import ramp
 from supernet.model import Supernet
@@ -48,7 +50,8 @@ def train(run: Run, *, device: str = "cpu", workers: int = 0, progress: Callable
 
     Raises `InputError` when the loss is no longer finite, or another process trains this run. Checkpoints stay in any case.
     """
-    with durable.locked(run.path / "train.lock", f"the run {run.path}"), torch.random.fork_rng():
+    largest = arch_costs(run.space, run.space.largest)["macs"]
+    with durable.locked(run.path / "train.lock", f"the run {run.path}"), torch.random.fork_rng(), fitting_threads(largest):
         _Training(run, device, workers).go(progress or (lambda _: None))
 
 
@@ -132,6 +135,9 @@ class _Training:
         tensors, rest = checkpoint.optimizer_groups(self.optimizer)
         state = {"space": self.run.space.key, "optimizer": rest, "finished": self.step >= self.steps}
         groups = {"weights": self.supernet.state_dict(), "optimizer": tensors}
+        if not all(bool(torch.isfinite(value).all()) for value in groups["weights"].values()):  # never over a good checkpoint
+            raise InputError(f"the weights are not finite after step {self.step}: lower learning_rate (now "
+                             f"{self.recipe.learning_rate}) or set clip_norm, and start a new run")  # fmt: skip
         checkpoint.save(self.run.checkpoints, checkpoint.Checkpoint(self.step, groups, state))
 
     def _restore(self) -> int:

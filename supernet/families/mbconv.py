@@ -121,8 +121,8 @@ class MBConvSpec:
 
     @property
     def expanded(self) -> int:
-        """Channels of the depthwise convolution."""
-        return divisible(self.in_width * self.expand_ratio)
+        """Channels of the depthwise convolution; without an expansion they are the input's, whatever these are divisible by."""
+        return self.in_width if self.expand_ratio == 1 else divisible(self.in_width * self.expand_ratio)
 
     @property
     def squeezed(self) -> int:

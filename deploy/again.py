@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def verify_again(path: Path, run: Path | None, images: Path | None) -> dict[str,
     Raises `InputError` for a damaged bundle or another run's, `deploy.verify.VerificationError` where a proof fails.
     """
     bundle = Bundle.open(path)
-    onnx.checker.check_model(onnx.load_model_from_string((path / "model.onnx").read_bytes()), full_check=True)
+    _check_graph(path / "model.onnx")
     result: dict[str, Any] = {"bundle": str(path), "files": len(bundle.manifest["files"]), "hashes": "ok", "graph": "ok"}
     if run is not None:
         result |= _against_run(bundle, Run.open(run))
@@ -33,19 +34,32 @@ def verify_again(path: Path, run: Path | None, images: Path | None) -> dict[str,
             raise verify.VerificationError(
                 f"{len(differ)} of {count} images are predicted otherwise than at export, first {differ[0]}"
             )
-        result |= {"images": count, bundle.manifest["accuracy"]["metric"]: right / count}
+        result |= {"images": count, str(bundle.fact("accuracy", "metric")): right / count if count else None}
     return result
+
+
+def _check_graph(path: Path) -> None:
+    try:
+        onnx.checker.check_model(onnx.load_model_from_string(path.read_bytes()), full_check=True)
+    except Exception as error:  # protobuf and onnx share no base class for a damaged file
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is no valid ONNX model ({reason}): export the child again") from error
 
 
 def _against_run(bundle: Bundle, run: Run) -> dict[str, Any]:
     """Repeat the proof on the confirm images (the test split is not read again)."""
-    if bundle.manifest["training"]["weights_sha256"] != run.weights_hash:
+    if bundle.fact("training", "weights_sha256") != run.weights_hash:
         raise InputError(f"{bundle.path} was exported from other weights than {run.path} has now: give the run that it is from")
-    evaluator = run.evaluator()
-    arch = run.space.arch(bundle.manifest["arch"], str(bundle.path))
+    if bundle.classes != list(run.classes):
+        raise verify.VerificationError(f"the classes of {bundle.path} are not those of {run.path} in their order")
+    evaluator, choices = run.evaluator(), bundle.fact("arch")
+    if not isinstance(choices, Mapping):
+        raise InputError(f"{bundle.path}: the arch in the manifest is damaged: export the child again")
+    arch = run.space.arch(choices, str(bundle.path))
     child_images, child_difference = verify.child_equals_extracted(evaluator, arch)
     confirm = run.dataset.split("confirm")
-    files = verify.files_of(confirm, run.path / "images")
-    found, difference, largest, agreement = verify.onnx_equals_torch(bundle.predictor, evaluator.calibrated(arch), files)
-    parity = verify.Parity(child_images, child_difference, len(files), difference, largest, agreement)
+    found, difference, largest, agreement = verify.onnx_equals_torch(
+        bundle.predictor, evaluator.calibrated(arch), run.space.resolution(arch), confirm, run.path / "images"
+    )
+    parity = verify.Parity(child_images, child_difference, len(confirm), difference, largest, agreement)
     return {**parity.as_dict(), f"confirm_{run.task.metric}": float((found == confirm.labels).mean())}

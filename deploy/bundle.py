@@ -22,6 +22,7 @@ from deploy.predict import Predictor, read_manifest
 from supernet import durable, preprocess
 from supernet.errors import InputError
 
+LONGEST_NAME = 100
 SCRIPTS = {"predict.py": Path(predict.__file__), "preprocess.py": Path(preprocess.__file__)}
 
 
@@ -42,20 +43,34 @@ class Bundle:
             raise InputError(str(error)) from error
         for name, expected in manifest["files"].items():
             file = folder / name
-            if Path(name).name != name or not isinstance(expected, str):
+            if Path(name).name != name or len(name) > LONGEST_NAME or not isinstance(expected, str):
                 raise InputError(
-                    f"{folder}: a bundle lists plain file names with hashes, but got {name!r}: do not use this bundle"
+                    f"{folder}: a bundle lists plain file names with hashes, but got {name[:60]!r}: do not use this bundle"
                 )
             if not file.is_file() or file.is_symlink():
-                raise InputError(f"{folder}: {name} is missing: copy the whole folder, or export the child again")
+                raise InputError(f"{folder}: {name!r} is missing: copy the whole folder, or export the child again")
             if durable.sha256(file) != expected:
                 raise InputError(
-                    f"{folder}: {name} was changed since it was exported: copy it again, or export the child again"
+                    f"{folder}: {name!r} was changed since it was exported: copy it again, or export the child again"
                 )
+        others = sorted({entry.name for entry in folder.iterdir()} - {"manifest.json", *manifest["files"]})
+        if others:
+            raise InputError(
+                f"{folder}: {others[0]!r} was not exported with the bundle, and Python may run what lies beside predict.py: remove it"
+            )
         missing = {"model.onnx", "images.json", *SCRIPTS} - manifest["files"].keys()
         if missing:
             raise InputError(f"{folder}: the manifest does not list {sorted(missing)[0]}: export the child again")
         return cls(folder, manifest)
+
+    def fact(self, *names: str) -> Any:
+        """A value of the manifest by its path, such as ("accuracy", "metric"). Raises `InputError` where there is none."""
+        value: Any = self.manifest
+        for name in names:
+            if not isinstance(value, Mapping) or name not in value:
+                raise InputError(f"{self.path}: the manifest says nothing of {'.'.join(names)}: export the child again")
+            value = value[name]
+        return value
 
     @cached_property
     def predictor(self) -> Predictor:
@@ -78,31 +93,57 @@ class Bundle:
         return list(self.manifest["classes"])
 
 
+def refuse_foreign(out: Path) -> None:
+    """Raise `InputError` where something lies at `out` that replacing a bundle must not remove."""
+    if not out.is_symlink() and not out.exists():
+        return
+    if out.is_symlink() or not out.is_dir():
+        raise InputError(f"{out} exists and is not a bundle: choose another place for the export")
+    held = {entry.name for entry in out.iterdir()}
+    try:
+        known = {"manifest.json", *read_manifest(out)["files"]} if held else set()
+    except ValueError as error:
+        raise InputError(f"{out} exists and is not a bundle ({error}): choose another place for the export") from error
+    if held - known:
+        raise InputError(
+            f"{out} holds {sorted(held - known)[0]!r}, which no export wrote and which would be lost: move it away, or choose another "
+            "place for the export"
+        )
+
+
 @contextmanager
 def being_written(out: Path) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
 
     An older bundle at `out` is replaced; anything else there is refused with an `InputError`.
     """
-    if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not a bundle: choose another place for the export")
+    refuse_foreign(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         yield draft
         draft.chmod(0o755)
         durable.sync_folder(draft)
-        if out.exists():
-            old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
-            out.replace(old)
-            draft.replace(out)
-            shutil.rmtree(old)
-        else:
-            draft.replace(out)
+        _put(draft, out)
         durable.sync_folder(out.parent)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+
+
+def _put(draft: Path, out: Path) -> None:
+    """Rename `draft` to `out`; where that fails, the bundle that was there is there again."""
+    if not out.exists():
+        draft.replace(out)
+        return
+    old = draft.with_name(f"{draft.name}.old")
+    out.replace(old)
+    try:
+        draft.replace(out)
+    except BaseException:
+        old.replace(out)
+        raise
+    shutil.rmtree(old)
 
 
 def write_model(folder: Path, model: bytes, manifest: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ def card(manifest: Mapping[str, Any], space: Space) -> str:
         f"| peak activation memory | {manifest['peak_memory_bytes']:,} bytes (fp32, batch 1) |",
         *(
             f"| latency, {plain(entry['target'])} | {entry['latency_ms']:.4g} ms (95 %: {entry['low']:.4g} to {entry['high']:.4g}), "
-            f"batch 1, {plain(entry['fingerprint']['processor'])}, {plain(entry['fingerprint']['runtime'])}, {entry['date']} |"
+            f"batch 1, {plain(entry['fingerprint']['processor'])}, {plain(entry['fingerprint']['runtime'])}, {plain(entry['date'])} |"
             for entry in manifest["latency"]
         ),
         f"| input | `{manifest['input']['name']}` {manifest['input']['shape']}, {manifest['input']['type']}, normalised |",
@@ -78,5 +78,5 @@ def cell(value: object) -> str:
 
 def plain(text: object) -> str:
     """Text that cannot break out of a Markdown line or table cell, nor start a tag."""
-    cleaned = " ".join(str(text).split())
+    cleaned = " ".join(str(text).encode("utf-8", "replace").decode().split())  # names of files may hold lone surrogates
     return cleaned.replace("`", "'").replace("|", "/").replace("<", "(").replace(">", ")")

@@ -8,6 +8,7 @@ costs (`supernet/costs.py`), so a million archs are predicted in a second.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from supernet.space import Codes, Space
 FORMAT = 1
 CHILDREN = 40
 """Whole children measured to fit a model."""
+UPPER = 0.8
+"""Quantile of the error that a prediction is raised by while searching. Finalists are measured: a miss costs one more export."""
 
 Floats = NDArray[np.float64]
 
@@ -45,7 +48,7 @@ class LatencyModel:
     """Upper end of the measured latency of the smallest child."""
     largest_ms: float
     upper_factor: float
-    """Latencies are at most this times the prediction for 95 % of left-out children."""
+    """Latencies are at most this times the prediction for most (`UPPER`) left-out children."""
 
     @property
     def mape(self) -> float:
@@ -75,16 +78,30 @@ class LatencyModel:
             value.pop("mape")
             model = cls(**{**value, "feature_names": tuple(value["feature_names"]), "coefficients": tuple(value["coefficients"]),
                            "measured": tuple(tuple(row) for row in value["measured"])})  # fmt: skip
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(
                 f"{path} cannot be read as a latency model ({error}): remove it, it is then measured again"
             ) from error
-        if model.space_key != space.key or dict(model.target) != target.fingerprint():
+        if model.space_key != space.key or model.target != target.fingerprint():
             raise InputError(f"{path} was measured for another space, machine, runtime or number of threads: remove it, it is then "
                              "measured again")  # fmt: skip
+        if model.feature_names != Costs(space).feature_names or not model._whole():
+            raise InputError(
+                f"{path} does not hold what a latency model of this version holds: remove it, it is then measured again"
+            )
         return model
+
+    def _whole(self) -> bool:
+        """Whether every number is one, and none is missing."""
+        rows: Any = self.measured  # of a file, so of any kind
+        if not rows or not all(len(row) == 4 and isinstance(row[0], str) for row in rows):
+            return False
+        bounds = [self.smallest_ms, self.largest_ms, self.upper_factor]
+        numbers = [*self.coefficients, *bounds, *(number for row in rows for number in row[1:])]
+        whole = all(type(number) in (int, float) and 0 <= number < math.inf for number in numbers)
+        return whole and len(self.coefficients) == len(self.feature_names) + 1
 
 
 def profile(
@@ -111,8 +128,8 @@ def profile(
             for arch, guess, timing in zip(archs, left_out, timings, strict=True)
         ),
         smallest_ms=timings[0].high_ms,
-        largest_ms=timings[1].high_ms,
-        upper_factor=float(max(1.0, np.quantile(ratios, 0.95))),
+        largest_ms=timings[min(1, len(timings) - 1)].high_ms,  # in a space of one arch it is the smallest
+        upper_factor=float(max(1.0, np.quantile(ratios, 0.95, method="higher"))),
     )
 
 

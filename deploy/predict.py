@@ -26,6 +26,7 @@ from PIL import Image
 if __package__:
     from supernet.preprocess import Preprocessing, open_image
 else:  # in a bundle the file lies beside this one
+    sys.dont_write_bytecode = True  # a bundle stays as it was exported
     from preprocess import Preprocessing, open_image  # type: ignore[no-redef]
 
 FORMAT = 1
@@ -38,17 +39,25 @@ class Predictor:
     def __init__(self, folder: str | os.PathLike[str], *, threads: int = 1) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        model = (self.folder / "model.onnx").read_bytes()
-        if hashlib.sha256(model).hexdigest() != self.manifest["files"].get("model.onnx"):
-            raise ValueError(f"{self.folder / 'model.onnx'} was changed since it was exported: export it again")
+        model = read_verified(self.folder, "model.onnx", self.manifest)
         self.classes: list[str] = self.manifest["classes"]
         self.preprocessing = Preprocessing.from_dict(self.manifest["preprocessing"])
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(
-            model, options, providers=["CPUExecutionProvider"]
-        )  # bytes: reads no other file
+        options.log_severity_level = 4  # what goes wrong is raised
+        try:  # from bytes, so that it can name no other file
+            self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime has a bare exception of its own for every kind of damage
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{self.folder / 'model.onnx'} cannot be loaded ({reason}): export it again") from error
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        pixels, classes = self.preprocessing, len(self.classes)
+        expected = [("images", [pixels.channels, pixels.resolution, pixels.resolution]), ("logits", [classes])]
+        found = [(value.name, value.shape[1:]) for value in (*self._session.get_inputs(), *self._session.get_outputs())]
+        if found != expected:
+            raise ValueError(f"{self.folder}: the manifest describes {expected}, but the model has {found}: export it again")
 
     def logits(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
         """Logits, shape (N, K), of images in memory."""
@@ -93,6 +102,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def read_verified(folder: Path, name: str, manifest: dict[str, Any]) -> bytes:
+    """The content of a file of a bundle. Raises `ValueError` where it is missing or not the one that was exported."""
+    path = folder / name
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): export the child again") from error
+    if hashlib.sha256(content).hexdigest() != manifest["files"].get(name):
+        raise ValueError(f"{path} was changed since it was exported: export the child again")
+    return content
+
+
 def file_of(identity: str, folder: Path) -> Path:
     """Where the image of that name lies under `folder`; sets that are arrays were written as PNG."""
     path = folder / identity
@@ -100,12 +121,19 @@ def file_of(identity: str, folder: Path) -> Path:
 
 
 def check(predictor: Predictor, folder: Path) -> tuple[int, int, list[str]]:
-    """Repeat the predictions that the manifest's accuracy counts: images, how many are right, and which differ now."""
-    listed = json.loads((predictor.folder / "images.json").read_text(encoding="utf-8"))["images"]
-    probabilities = predictor.predict(file_of(row["image"], folder) for row in listed)
+    """Repeat the predictions that the manifest's accuracy counts: images, how many are right, and which differ now.
+
+    Raises `ValueError` for a damaged list and for an image that cannot be read.
+    """
+    content = read_verified(predictor.folder, "images.json", predictor.manifest)
+    try:
+        listed = [(str(row["image"]), row["label"], row["predicted"]) for row in json.loads(content)["images"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{predictor.folder / 'images.json'} is damaged ({error!r}): export the child again") from error
+    probabilities = predictor.predict(file_of(image, folder) for image, _, _ in listed)
     found = [predictor.classes[int(best)] for best in probabilities.argmax(axis=1)]
-    differ = [row["image"] for row, name in zip(listed, found, strict=True) if row["predicted"] != name]
-    return len(listed), sum(row["label"] == name for row, name in zip(listed, found, strict=True)), differ
+    differ = [image for (image, _, before), now in zip(listed, found, strict=True) if before != now]
+    return len(listed), sum(label == now for (_, label, _), now in zip(listed, found, strict=True)), differ
 
 
 def report(predictor: Predictor, files: list[str], top: int, as_json: bool) -> None:
@@ -129,12 +157,14 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if not given.images and not given.check:
         parser.error("give the paths of images, or --check FOLDER")
+    if given.top < 1:
+        parser.error("--top is at least 1")
     try:
         predictor = Predictor(Path(__file__).parent)
         report(predictor, given.images, given.top, given.json)
         if given.check:
             images, right, differ = check(predictor, Path(given.check))
-            print(json.dumps({"images": images, "top1": right / images, "differ": differ}))
+            print(json.dumps({"images": images, "top1": right / images if images else None, "differ": differ}))
             return 1 if differ else 0
     except ValueError as error:
         print(error, file=sys.stderr)

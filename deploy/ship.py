@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from deploy import verify
-from deploy.bundle import Bundle, being_written, write_manifest, write_model
+from deploy.bundle import Bundle, being_written, refuse_foreign, write_manifest, write_model
 from deploy.card import card
 from deploy.export import INPUT, OPSET, OUTPUT, to_onnx
 from deploy.predict import FORMAT, Predictor
@@ -18,6 +18,7 @@ from supernet import durable
 from supernet.arch import Arch
 from supernet.costs import arch_costs
 from supernet.data.dataset import SplitImages
+from supernet.errors import InputError
 from supernet.evaluate import Evaluator
 from supernet.run import Run, environment
 from supernet.task import Scores
@@ -29,9 +30,15 @@ def ship(
 ) -> Bundle:  # fmt: skip
     """Export a child and prove it; its accuracy is counted on `split` from image files, through ONNX Runtime.
 
-    "test" is read and counted (`Run.test_images`). `latencies` are measurements for the manifest. Raises
-    `deploy.verify.VerificationError` where the exported model is not the child; nothing is left behind then.
+    "test" is read and counted (`Run.test_images`); the other choice is "confirm". `latencies` are measurements for the manifest.
+    Raises `InputError` for another split and for a place that holds anything but a bundle, `deploy.verify.VerificationError` where
+    the exported model is not the child; nothing is left behind then.
     """
+    if split not in {"test", "confirm"}:
+        raise InputError(
+            f"the accuracy of a bundle is of the split test or confirm, which no search compares on, but got {split!r}"
+        )
+    refuse_foreign(out)  # before the test split is read
     evaluator = evaluator or run.evaluator()
     images = run.test_images(f"export of {arch.key}") if split == "test" else run.dataset.split(split)
     resolution = run.space.resolution(arch)
@@ -42,9 +49,12 @@ def ship(
     with being_written(out) as draft:
         write_model(draft, model.SerializeToString(), manifest)
         child_images, child_difference = verify.child_equals_extracted(evaluator, arch)
-        files = verify.files_of(images, run.path / "images")
-        found, difference, largest, agreement = verify.onnx_equals_torch(Predictor(draft), network, files)
-        manifest["parity"] = verify.Parity(child_images, child_difference, len(files), difference, largest, agreement).as_dict()
+        found, difference, largest, agreement = verify.onnx_equals_torch(
+            Predictor(draft), network, resolution, images, run.path / "images"
+        )
+        manifest["parity"] = verify.Parity(
+            child_images, child_difference, len(images), difference, largest, agreement
+        ).as_dict()
         scores: Scores = found == images.labels
         estimate = run.task.estimate(scores)
         manifest["accuracy"] = {

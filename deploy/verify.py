@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import nn
 
 from deploy.predict import BATCH, Predictor, file_of
 from supernet.arch import Arch
+from supernet.data.batches import images_at
 from supernet.data.dataset import SplitImages
+from supernet.errors import InputError
 from supernet.evaluate import Evaluator
 from supernet.preprocess import open_image
 from supernet.step import normalised
@@ -53,10 +56,8 @@ class Parity:
 def child_equals_extracted(evaluator: Evaluator, arch: Arch) -> tuple[int, float]:
     """Images and largest absolute difference of logits; both networks normalise by the same batch."""
     supernet = evaluator.supernet
-    device = next(supernet.parameters()).device
-    pixels = torch.from_numpy(evaluator.train.pixels(supernet.space.resolution(arch), CHILD_IMAGES)).to(device)
-    mean, std = (torch.tensor(value, device=device).view(1, -1, 1, 1) for value in (evaluator.train.mean, evaluator.train.std))
-    images = normalised(pixels.permute(0, 3, 1, 2), mean, std)
+    pixels = evaluator.train.pixels(supernet.space.resolution(arch), CHILD_IMAGES)
+    images = _as_evaluated(pixels, evaluator.train, next(supernet.parameters()).device)
     with torch.no_grad():
         child, extracted = supernet.child(arch)(images), supernet.extract(arch).train()(images)
     difference = float((child - extracted).abs().max())
@@ -65,12 +66,10 @@ def child_equals_extracted(evaluator: Evaluator, arch: Arch) -> tuple[int, float
     return len(images), difference
 
 
-def torch_logits(network: nn.Module, images_nchw: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Logits, shape (N, K), of a calibrated network."""
-    device = next(network.parameters()).device
-    with torch.no_grad():
-        logits: NDArray[np.float32] = network(torch.from_numpy(images_nchw).to(device)).cpu().numpy()
-    return logits
+def _as_evaluated(pixels_nhwc: NDArray[np.uint8], images: SplitImages, device: torch.device) -> torch.Tensor:
+    """The input that evaluation makes of pixels, by the run's own statistics."""
+    mean, std = (torch.tensor(value, device=device).view(1, -1, 1, 1) for value in (images.mean, images.std))
+    return normalised(torch.from_numpy(pixels_nhwc).to(device).permute(0, 3, 1, 2), mean, std)
 
 
 def compare(expected: NDArray[np.float32], found: NDArray[np.float32]) -> tuple[float, float]:
@@ -99,25 +98,40 @@ def files_of(images: SplitImages, folder: Path) -> list[Path]:
         path = file or file_of(identity, folder)
         if not path.exists() and file is None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            images.source.image(int(index)).save(path)
+            draft = path.with_name(f".{path.name}")
+            images.source.image(int(index)).save(draft, "PNG")
+            draft.replace(path)  # whole or not there
         found.append(path)
     return found
 
 
 def onnx_equals_torch(
-    predictor: Predictor, network: nn.Module, files: Sequence[Path]
+    predictor: Predictor, network: nn.Module, resolution: int, images: SplitImages, folder: Path
 ) -> tuple[NDArray[np.int64], float, float, float]:
-    """Run files through the bundle and through torch.
+    """Run image files through the bundle, and the images as evaluation reads them, at the child's `resolution`, through torch.
 
-    Returns the bundle's classes, shape (N,), the largest absolute difference, the largest logit, and the agreement.
+    So the manifest's preprocessing is proven as well. Arrays become files under `folder` (`files_of`). Returns the bundle's
+    classes, shape (N,), the largest absolute difference, the largest logit, and the agreement.
     """
     classes, differences, agreements, largest = [], [], [], 0.0
+    files, device = files_of(images, folder), next(network.parameters()).device
     for start in range(0, len(files), BATCH):
-        images = [open_image(file, predictor.preprocessing.channels) for file in files[start : start + BATCH]]
-        expected, found = torch_logits(network, predictor.preprocessing(images)), predictor.logits(images)
+        pixels = images_at(images.source, images.indices[start : start + BATCH], images.preprocessing(resolution))
+        with torch.no_grad():
+            expected = network(_as_evaluated(pixels, images, device)).cpu().numpy()
+        found = predictor.logits(_opened(files[start : start + BATCH], predictor))
         difference, agreement = compare(expected, found)
         classes.append(found.argmax(axis=1))
         differences.append(difference)
-        agreements.append(agreement * len(images))
+        agreements.append(agreement * len(found))
         largest = max(largest, float(np.abs(expected).max()))
     return np.concatenate(classes), max(differences), largest, sum(agreements) / len(files)
+
+
+def _opened(files: Sequence[Path], predictor: Predictor) -> list[Image.Image]:
+    try:
+        return [open_image(file, predictor.preprocessing.channels) for file in files]
+    except ValueError as error:
+        raise InputError(
+            f"{error}: repair the file; one that the run wrote under images/ is written again where it is missing"
+        ) from error

@@ -48,7 +48,7 @@ def training(records: Records) -> list[Figure]:
         (
             "loss",
             "Training loss",
-            "Loss on the batches trained on: the label loss of the largest child, and what its students learn from it.",
+            "Cross entropy to the labels on the batches trained on, of each kind of child, whatever it learns from.",
         ),
         ("top1", "Training top-1 accuracy", "Accuracy on the batches trained on, not on held-out images."),
     ]

@@ -12,12 +12,12 @@ class TestDigits(FamilySuite):
     space = load_space("digits")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 class TestCifarMBConv(FamilySuite):
     space = load_space("cifar-mbconv")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 class TestPhotoMBConv(FamilySuite):
     space = load_space("photo-mbconv")
     image_size = 48

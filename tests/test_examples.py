@@ -1,0 +1,46 @@
+"""The examples run as a user would run them, and the README's commands and files exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_the_example_runs(script: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error::UserWarning:supernet"}
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_the_benchmark_ends_with_a_line_of_json(script: Path) -> None:
+    import json
+
+    command = [sys.executable, str(script), "--quick"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
+    assert isinstance(json.loads(done.stdout.strip().splitlines()[-1]), dict)
+
+
+def test_every_command_and_link_of_the_readme_exists() -> None:
+    import nestling
+
+    text = (ROOT / "README.md").read_text()
+    known = {command.name or command.callback.__name__ for command in nestling.app.registered_commands if command.callback}
+    assert set(re.findall(r"nestling ([a-z]+)[ `]", text)) <= known
+    assert known <= set(re.findall(r"nestling ([a-z]+)[ `]", text))
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / link).exists(), link
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"    make ([a-z]+)", text):
+        assert f"\n{target}:" in makefile

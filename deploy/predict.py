@@ -45,7 +45,9 @@ class Predictor:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4  # what goes wrong is raised
-        try:  # from bytes, so that it can name no other file
+        # weights that a model says lie in other files are sought here, where there are none, and not where we happen to stand
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.folder))
+        try:
             self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime has a bare exception of its own for every kind of damage
             reason = " ".join(str(error).split())

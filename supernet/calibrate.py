@@ -30,12 +30,14 @@ def calibrate(network: Network, batches: Iterable[Tensor]) -> Network:
         norm.momentum = None
         norm.train()
     seen = 0
-    with torch.no_grad():
-        for images in batches:
-            network(images)
-            seen += 1
+    try:
+        with torch.no_grad():
+            for images in batches:
+                network(images)
+                seen += 1
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
     if not seen:
         raise ValueError("calibration needs at least one batch of training images, but got none")
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
     return network.eval()

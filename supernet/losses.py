@@ -36,7 +36,9 @@ def ramp(progress: float, start: float, end: float) -> float:
     """
     if progress >= end:
         return 1.0
-    return max(0.0, (progress - start) / (end - start))
+    if progress <= start:
+        return 0.0
+    return (progress - start) / (end - start)
 
 
 def mixed_loss(logits_nk: Tensor, labels_n: Tensor, targets_nk: Tensor, weight: float) -> Tensor:

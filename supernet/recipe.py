@@ -1,4 +1,4 @@
-"""Training recipes: everything that a run's YAML can say, checked, and sensible choices for data that we have not seen."""
+"""Training recipes: everything that a run's YAML can say, checked."""
 
 from __future__ import annotations
 
@@ -133,27 +133,3 @@ def _set(value: dict[str, Any], key: str, new: Any) -> None:
         if not isinstance(value, dict):
             raise InputError(f"{key}: {part!r} holds no further keys: leave out what follows it")
     value[last] = new
-
-
-def suggest(image_size: int, images: int, device: str) -> tuple[str, str, int, list[str]]:
-    """Space, recipe and epochs for data of `image_size` pixels and `images` training images on `device`, with the reasons."""
-    if image_size <= 16:
-        space, why = "digits", f"images of {image_size} px are tiny"
-    elif image_size <= 64:
-        space, why = "cifar-mbconv", f"images of {image_size} px are small"
-    elif image_size < 200 or device == "cpu" or images < 50_000:
-        space = "photo-mbconv"
-        why = f"{images} images of {image_size} px on {device}: the ImageNet space needs a GPU, >= 200 px and >= 50,000 images"
-    else:
-        space, why = "attentivenas", f"{images} images of {image_size} px on {device}"
-    recipe = {"digits": "digits", "cifar-mbconv": "cifar", "photo-mbconv": "photo", "attentivenas": "attentivenas"}[space]
-    seen = {"digits": 65_000, "cifar-mbconv": 300_000, "photo-mbconv": 90_000, "attentivenas": 100_000_000}[space]
-    if device != "cpu":
-        seen *= 10
-    epochs = max(2, min(360, round(seen / images)))
-    return (
-        space,
-        recipe,
-        epochs,
-        [f"space {space}: {why}", f"recipe {recipe}", f"{epochs} epochs: about {seen} images seen in all"],
-    )

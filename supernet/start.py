@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from supernet import defaults
 from supernet.data.sources import Source, open_source, unreadable
 from supernet.errors import InputError
-from supernet.recipe import TrainConfig, load_recipe, suggest
+from supernet.recipe import TrainConfig, load_recipe
 from supernet.run import Run
-from supernet.space import Space, load_space
+from supernet.space import load_space
 
 MOST_CHECKED = 50_000
 """Image files decoded before a run begins, so that a damaged one is not found after an hour; larger sets are read as they come."""
@@ -37,18 +38,14 @@ def start(
         raise InputError(f"{out} holds a run already: continue it with --resume, or choose another --out")
     source = open_source(data, root=root, download=download)
     _check_files(source)
-    suggested_space, suggested_recipe, suggested_epochs, reasons = suggest(source.image_size, len(source), device)
-    if space is not None:
-        suggested_recipe = suggested_recipe if space == suggested_space else _recipe_of(space, suggested_recipe)
-    chosen: dict[str, Any] = dict(overrides or {})
-    if epochs is not None:
-        chosen["epochs"] = epochs
-    elif "epochs" not in chosen and recipe is None:
-        chosen["epochs"] = suggested_epochs
-    made = load_space(space or suggested_space, classes=len(source.classes), in_channels=source.channels)
-    config = _at_home_on(device, load_recipe(recipe or suggested_recipe, chosen), "precision" in chosen)
+    name, why = (space, "as asked") if space else defaults.space_for(source.image_size, len(source), device)
+    made = load_space(name, classes=len(source.classes), in_channels=source.channels)
+    given = dict(overrides or {}) | ({"epochs": epochs} if epochs is not None else {})
+    config = _at_home_on(device, load_recipe(recipe or defaults.recipe_for(made.name), given), "precision" in given)
+    if recipe is None and "epochs" not in given:
+        config = config.model_copy(update={"epochs": defaults.epochs_for(made, len(source), device, config.children)})
     run = Run.create(out, made, config, source, root=root)
-    return Start(run, tuple(_told(run.space, config, source, reasons if space is None and recipe is None else [])))
+    return Start(run, tuple(_told(run, why)))
 
 
 def resume(out: Path) -> Start:
@@ -58,11 +55,6 @@ def resume(out: Path) -> Start:
     return Start(run, (f"resuming {out}", f"space {run.space.name}, recipe {run.recipe.name}, {run.recipe.epochs} epochs"))
 
 
-def _recipe_of(space: str, otherwise: str) -> str:
-    known = {"digits": "digits", "cifar-mbconv": "cifar", "photo-mbconv": "photo", "attentivenas": "attentivenas"}
-    return known.get(space, otherwise)
-
-
 def _at_home_on(device: str, recipe: TrainConfig, asked: bool) -> TrainConfig:
     """bf16 is slower than fp32 on most CPUs: a recipe's default gives way there, a user's word does not."""
     if device == "cpu" and recipe.precision == "bf16" and not asked:
@@ -70,12 +62,15 @@ def _at_home_on(device: str, recipe: TrainConfig, asked: bool) -> TrainConfig:
     return recipe
 
 
-def _told(space: Space, recipe: TrainConfig, source: Source, reasons: list[str]) -> list[str]:
-    counts = f"{len(source)} images, {len(source.classes)} classes, {source.channels} channels, about {source.image_size} px"
+def _told(run: Run, why: str) -> list[str]:
+    source, recipe, train = run.source, run.recipe, len(run.dataset.splits.train)
+    macs = defaults.training_macs(run.space, recipe.children) * train * recipe.epochs
     return [
-        f"data: {counts}",
-        *(reasons or [f"space {space.name}, recipe {recipe.name}"]),
-        f"training {recipe.epochs} epochs in batches of {recipe.batch_size} (--epochs, --recipe, --space and --set change this)",
+        f"data: {len(source)} images ({train} to train), {len(source.classes)} classes, {source.channels} channels, "
+        f"about {source.image_size} px",
+        f"space {run.space.name}: {why}",
+        f"recipe {recipe.name}: {recipe.epochs} epochs in batches of {recipe.batch_size}, {macs:.2g} multiply-accumulates in all",
+        "(--space, --recipe, --epochs and --set change this)",
     ]
 
 

@@ -69,8 +69,8 @@ class LatencyModel:
         durable.write_json(path, self.to_json_dict())
 
     @classmethod
-    def load(cls, path: Path, space: Space, target: Target) -> LatencyModel:
-        """Read a model. Raises `InputError` where it is damaged, or of another space, machine or runtime."""
+    def load(cls, path: Path, space: Space, target: Target | None) -> LatencyModel:
+        """Read a model. Raises `InputError` where it is damaged, or of another space or target (None: whatever target it is of)."""
         try:
             value = json.loads(path.read_text())
             if value.pop("format") != FORMAT:
@@ -84,7 +84,7 @@ class LatencyModel:
             raise InputError(
                 f"{path} cannot be read as a latency model ({error}): remove it, it is then measured again"
             ) from error
-        if model.space_key != space.key or model.target != target.fingerprint():
+        if model.space_key != space.key or (target is not None and model.target != target.fingerprint()):
             raise InputError(f"{path} was measured for another space, machine, runtime or number of threads: remove it, it is then "
                              "measured again")  # fmt: skip
         if model.feature_names != Costs(space).feature_names or not model._whole():

@@ -67,6 +67,17 @@ def ship(
     return Bundle.open(out)
 
 
+def shipped_already(run: Run, arch: Arch, out: Path, latencies: Sequence[Mapping[str, Any]] = ()) -> Bundle | None:
+    """The bundle at `out`, where it is whole and of this very child, weights and latencies; else None."""
+    try:
+        bundle = Bundle.open(out)
+    except InputError:
+        return None
+    manifest = bundle.manifest
+    same = manifest.get("key") == arch.key and manifest.get("training", {}).get("weights_sha256") == run.weights_hash
+    return bundle if same and manifest.get("latency") == [dict(entry) for entry in latencies] else None
+
+
 def _facts(run: Run, arch: Arch, images: SplitImages) -> dict[str, Any]:
     resolution, channels = run.space.resolution(arch), run.space.family.in_channels
     return {

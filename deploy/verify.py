@@ -77,6 +77,8 @@ def compare(expected: NDArray[np.float32], found: NDArray[np.float32]) -> tuple[
 
     A class may differ only where rounding decides: the two best logits lie within the tolerance.
     """
+    if not np.isfinite(expected).all():
+        raise VerificationError("the child's own logits are not finite numbers")
     scale = max(1.0, float(np.abs(expected).max()))
     difference = float(np.abs(expected - found).max())
     if not difference <= TOLERANCE * scale:

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictInt
@@ -119,7 +120,7 @@ class _Search:
             return None
         self.progress(Event("timing the smallest child", 0, 0))
         refuse_impossible(self.space, self.budgets, smallest_latency_ms(self.space, self.target))
-        path = latency_file(self.run, self.target)
+        path = latency_file(self.run, self.target.fingerprint())
         if path.exists():
             return LatencyModel.load(path, self.space, self.target)
         self.progress(Event(f"timing {self.settings.profile_children} children on {self.target.name}", 0, 0))
@@ -226,9 +227,9 @@ def identity(run: Run) -> dict[str, str]:
     }  # fmt: skip
 
 
-def latency_file(run: Run, target: Target) -> Any:
+def latency_file(run: Run, fingerprint: Mapping[str, Any]) -> Path:
     """Where the latency model of a target lies in a run; another machine or runtime has another name."""
-    return run.path / "search" / f"latency-{target.fingerprint()['hash']}.json"
+    return run.path / "search" / f"latency-{fingerprint['hash']}.json"
 
 
 def smallest_latency_ms(space: Space, target: Target) -> float:

@@ -5,6 +5,7 @@ A checkpoint counts only if it verifies. safetensors executes nothing, but does 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -45,12 +46,10 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path.mkdir()
     try:
+        hashes = {"state.json": _write(path / "state.json", json.dumps(checkpoint.state, allow_nan=False).encode())}
         for name, group in checkpoint.tensors.items():
-            durable.write_bytes(
-                path / f"{name}.safetensors", save_tensors({key: _plain(value) for key, value in group.items()})
-            )
-        durable.write_json(path / "state.json", checkpoint.state)
-        hashes = {file.name: durable.sha256(file) for file in sorted(path.iterdir())}
+            data = save_tensors({key: _plain(value) for key, value in group.items()})
+            hashes[f"{name}.safetensors"] = _write(path / f"{name}.safetensors", data)
         durable.write_json(path / "manifest.json", {"format": FORMAT, "step": checkpoint.step, "sha256": hashes})
     except BaseException:
         shutil.rmtree(path, ignore_errors=True)
@@ -58,6 +57,12 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
     durable.sync_folder(folder)
     _remove_old(folder, keep)
     return path
+
+
+def _write(path: Path, data: bytes) -> str:
+    """Write a file; returns the SHA-256 of what was meant to be written, so that bytes lost on the way are noticed."""
+    durable.write_bytes(path, data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def load(path: Path) -> Checkpoint:

@@ -52,10 +52,12 @@ class Run:
             raise InputError(f"{path} holds a run already: continue it with --resume, or choose another --out")
         splits = divide(source, seed=recipe.seed)
         mean, std = channel_statistics(source, splits.train)
-        data = {"name": source.name, "root": str(root) if root else None, "fingerprint": source.fingerprint,
+        data = {"name": source.name, "root": str(root.resolve()) if root else None, "fingerprint": source.fingerprint,
                 "classes": list(source.classes), "channels": source.channels, "mean": list(mean), "std": list(std)}  # fmt: skip
         path.mkdir(parents=True, exist_ok=True)
-        durable.write_json(path / "splits.json", splits.to_json_dict(source))
+        durable.write_text(
+            path / "splits.json", json.dumps(splits.to_json_dict(source)) + "\n"
+        )  # one line: it lists every image
         durable.write_json(path / "environment.json", environment())
         durable.write_json(path / "config.json", {
             "format": FORMAT, "task": "classification", "space": dict(space.definition), "recipe": recipe.model_dump(mode="json"),

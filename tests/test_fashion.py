@@ -21,7 +21,10 @@ def test_the_search_tells_children_apart_where_they_really_differ(tmp_path: Path
     loose = nestling.search(run)
 
     evaluator, task, confirm = run.evaluator(), run.task, run.dataset.split("confirm")
-    scores = {name: evaluator.evaluate(arch, confirm) for name, arch in (("smallest", run.space.smallest), ("largest", run.space.largest))}
+    scores = {
+        name: evaluator.evaluate(arch, confirm)
+        for name, arch in (("smallest", run.space.smallest), ("largest", run.space.largest))
+    }
     ends = task.compare(scores["largest"], scores["smallest"])
     assert ends.low > 0 and ends.p_value < 0.01, "the two ends must differ for this test to mean anything"
 

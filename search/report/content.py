@@ -9,7 +9,6 @@ from typing import Any
 
 from deploy.card import cell
 from deploy.latency import LatencyModel
-from deploy.targets import Local
 from search.feasible import Feasible
 from search.found import Child, Found
 from search.loop import latency_file
@@ -37,7 +36,7 @@ def content_of(run: Run) -> ReportContent:
         )
     found = Found.load(run)
     result = _result(run, found)
-    model = _latency_model(run)
+    model = _latency_model(run, found)
     return ReportContent(
         title=run.path.name,
         summary=[_summary(name, child, result.get(name)) for name, child in _three(found).items()],
@@ -70,9 +69,12 @@ def _result(run: Run, found: Found) -> dict[str, Any]:
     return value if whole else {}
 
 
-def _latency_model(run: Run) -> LatencyModel | None:
-    path = latency_file(run, Local())
-    return LatencyModel.load(path, run.space, Local()) if path.exists() else None
+def _latency_model(run: Run, found: Found) -> LatencyModel | None:
+    """The model of the target that the finalists were measured on."""
+    if found.best.latency is None:
+        return None
+    path = latency_file(run, found.best.latency.fingerprint)
+    return LatencyModel.load(path, run.space, None) if path.exists() else None
 
 
 def _summary(name: str, child: Child, tested: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 3) | st.sampled_from([10**30, 1e308, -0.5, 0.5]) | st.text(max_size=4),
+    st.none() | st.booleans() | st.integers(-3, 3) | st.sampled_from([-0.5, 0.5, 1000.0]) | st.text(max_size=4),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=5,
 )

@@ -52,7 +52,12 @@ def refused(tmp_path: Path) -> Refused:
 
 
 def test_the_text_that_the_others_damage_is_a_space(tmp_path: Path) -> None:
-    for name, text in (("a.yaml", TINY), ("b.yml", TINY.replace("\n", "\r\n")), ("c.yaml", "\ufeff" + TINY), ("d.yaml", f"---\n{TINY}...\n")):
+    for name, text in (
+        ("a.yaml", TINY),
+        ("b.yml", TINY.replace("\n", "\r\n")),
+        ("c.yaml", "\ufeff" + TINY),
+        ("d.yaml", f"---\n{TINY}...\n"),
+    ):
         (tmp_path / name).write_bytes(text.encode())
         assert load_space(str(tmp_path / name)).size == 128
     (tmp_path / "e.json").write_text(json.dumps(yaml.safe_load(TINY)))
@@ -111,7 +116,8 @@ def test_other_encodings_are_refused_with_the_byte(encoding: str, refused: Refus
 
 def test_an_alias_bomb_ends_at_its_first_alias(refused: Refused) -> None:
     bomb = 'a: &a ["lol","lol"]\n' + "".join(
-        f"{name}: &{name} [*{before},*{before},*{before},*{before}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+        f"{name}: &{name} [*{before},*{before},*{before},*{before}]\n"
+        for before, name in zip("abcdefgh", "bcdefghi", strict=True)
     )
     assert "line 2: anchors and aliases are not allowed here: write the value out" in refused(bomb)
     assert "anchors and aliases" in refused("a: &a [*a]\n")
@@ -129,9 +135,13 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
         config.read(tmp_path / "gone.yaml")
 
 
-@pytest.mark.parametrize("name", ["", "digit.yaml", "nothing", "x" * 4000 + ".yaml", "\0.yaml", ".", "../spaces/digits", "spaces"])
+@pytest.mark.parametrize(
+    "name", ["", "digit.yaml", "nothing", "x" * 4000 + ".yaml", "\0.yaml", ".", "../spaces/digits", "spaces"]
+)
 def test_what_is_neither_shipped_nor_a_file_lists_what_there_is(name: str) -> None:
-    with pytest.raises(InputError, match="spaces are named attentivenas, cifar-mbconv, digits, photo-mbconv or are the path of"):
+    with pytest.raises(
+        InputError, match="spaces are named attentivenas, cifar-mbconv, digits, photo-mbconv or are the path of"
+    ):
         config.find("spaces", name)
 
 
@@ -238,7 +248,9 @@ def test_numbers_are_read_as_people_write_them(text: str, value: float, tmp_path
     assert config.parse(Rate, config.read(path), "rate.yaml").rate == value
 
 
-@pytest.mark.parametrize("text", ["true", "no", "null", ".inf", "-.inf", ".nan", "nan", "1e999", "[1]", "{a: 1}", "2020-01-01", "a", "''"])
+@pytest.mark.parametrize(
+    "text", ["true", "no", "null", ".inf", "-.inf", ".nan", "nan", "1e999", "[1]", "{a: 1}", "2020-01-01", "a", "''"]
+)
 def test_what_is_no_finite_number_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "rate.yaml"
     path.write_text(f"rate: {text}\n")
@@ -312,7 +324,32 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("config") / "fuzzed.yaml"
 
 
-SPECIAL = ["\t", "\0", "\n", ": ", "- ", "[", "]", "{", "}", "&a ", "*a", "!!int ", "!", "|", ">", "#", "'", '"', "?", "%", "@", "<<", "\u2028", "é"]
+SPECIAL = [
+    "\t",
+    "\0",
+    "\n",
+    ": ",
+    "- ",
+    "[",
+    "]",
+    "{",
+    "}",
+    "&a ",
+    "*a",
+    "!!int ",
+    "!",
+    "|",
+    ">",
+    "#",
+    "'",
+    '"',
+    "?",
+    "%",
+    "@",
+    "<<",
+    "\u2028",
+    "é",
+]
 
 
 @settings(deadline=None, max_examples=300)

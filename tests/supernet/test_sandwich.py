@@ -12,7 +12,12 @@ DIGITS = load_space("digits")
 
 @pytest.mark.parametrize(
     ("children", "roles"),
-    [(1, ["largest"]), (2, ["largest", "smallest"]), (3, ["largest", "smallest", "random"]), (5, ["largest", "smallest", *["random"] * 3])],
+    [
+        (1, ["largest"]),
+        (2, ["largest", "smallest"]),
+        (3, ["largest", "smallest", "random"]),
+        (5, ["largest", "smallest", *["random"] * 3]),
+    ],
 )
 def test_the_largest_teaches_first_then_the_smallest_then_random_ones(children: int, roles: list[str]) -> None:
     chosen = sandwich(DIGITS, children, step_rng(0, 0))

@@ -43,7 +43,9 @@ def test_a_part_of_a_part_is_a_part_of_the_whole(small: list[int], extra: list[i
     assert np.array_equal(store[part_of(whole, small)], store[part_of(whole, middle)][part_of(middle, small)])
 
 
-@pytest.mark.parametrize(("whole", "part"), [((4, 4), (5, 4)), ((4, 4), (4, 5)), ((4, 4), (4,)), ((4,), (4, 1)), ((1, 1, 3), (1, 1, 5))])
+@pytest.mark.parametrize(
+    ("whole", "part"), [((4, 4), (5, 4)), ((4, 4), (4, 5)), ((4, 4), (4,)), ((4,), (4, 1)), ((1, 1, 3), (1, 1, 5))]
+)
 def test_what_does_not_fit_is_an_error(whole: tuple[int, ...], part: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="a part must fit into the whole axis by axis"):
         part_of(whole, part)

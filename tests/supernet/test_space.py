@@ -80,7 +80,9 @@ def test_samples_mutants_and_crossings_stay_in_the_space(space: Space, seed: int
 
 @settings(deadline=None)
 @given(st.data(), seeds)
-def test_a_mutant_differs_wherever_there_is_a_choice(definitions: st.SearchStrategy[Any], data: st.DataObject, seed: int) -> None:
+def test_a_mutant_differs_wherever_there_is_a_choice(
+    definitions: st.SearchStrategy[Any], data: st.DataObject, seed: int
+) -> None:
     space, rng = Space.from_definition(data.draw(definitions)), np.random.default_rng(seed)
     arch = space.sample(rng)
     for rate in (0.0, 0.1, 1.0):
@@ -255,13 +257,17 @@ def test_a_wrong_entry_of_a_table_is_named(change: dict[str, object], message: s
         read_arch(load_space("attentivenas"), path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"resolution": 6, "resolution": 8}', '{"arch": 5}', "{}", "\0", '{"arch": {}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", "null", '{"resolution": 6, "resolution": 8}', '{"arch": 5}', "{}", "\0", '{"arch": {}}']
+)
 def test_a_damaged_file_is_an_input_error(tiny_space: Space, text: str, write: Callable[[object], str]) -> None:
     with pytest.raises(InputError):
         read_arch(tiny_space, write(text))
 
 
-@pytest.mark.parametrize("text", ["", "medium", "nowhere.json", ".", "\0", "x" * 5000, '{"resolution": 8, "stem.width": 8}' * 20])
+@pytest.mark.parametrize(
+    "text", ["", "medium", "nowhere.json", ".", "\0", "x" * 5000, '{"resolution": 8, "stem.width": 8}' * 20]
+)
 def test_what_is_no_arch_says_what_one_is(tiny_space: Space, text: str) -> None:
     with pytest.raises(InputError, match="an arch is 'smallest', 'largest' or the path of a JSON file, but got"):
         read_arch(tiny_space, text)

@@ -168,7 +168,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
-def test_every_child_sees_the_same_crops_at_its_own_resolution(supernet: Supernet, images: Tensor, calls: list[dict[str, Any]]) -> None:
+def test_every_child_sees_the_same_crops_at_its_own_resolution(
+    supernet: Supernet, images: Tensor, calls: list[dict[str, Any]]
+) -> None:
     children = children_of(supernet.space, 8)
     train_step(supernet, children, images, LABELS, task, StepConfig())
     assert [call["arch"] for call in calls] == [arch for _, arch in children]

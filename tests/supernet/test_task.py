@@ -110,7 +110,9 @@ def test_the_interval_of_a_difference_by_hand() -> None:
     """Wald: 20 and 10 of 100 differ, so the variance of the sum is 30 - 10**2 / 100 = 29."""
     comparison = task.compare(*pair(40, 20, 10, 30))
     assert comparison.difference == pytest.approx(0.1)
-    assert (comparison.low, comparison.high) == pytest.approx((0.1 - 1.96 * math.sqrt(29) / 100, 0.1 + 1.96 * math.sqrt(29) / 100))
+    assert (comparison.low, comparison.high) == pytest.approx(
+        (0.1 - 1.96 * math.sqrt(29) / 100, 0.1 + 1.96 * math.sqrt(29) / 100)
+    )
 
 
 @settings(deadline=None)

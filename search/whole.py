@@ -1,0 +1,226 @@
+"""The whole way of a run: train, search, export, verify, test, report. Every stage leaves its files and is not done again."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deploy.bundle import Bundle
+from deploy.latency import LatencyModel, profile
+from deploy.ship import ship, shipped_already
+from deploy.targets import Local
+from search.budget import parse_all
+from search.commands import search_shown
+from search.feasible import refuse_impossible
+from search.found import Child, Found
+from search.loop import latency_file, load_search_config, smallest_latency_ms
+from search.report.content import report_of
+from supernet import device as devices
+from supernet import durable
+from supernet import start as starting
+from supernet.commands import train_shown
+from supernet.console import Display
+from supernet.errors import InputError
+from supernet.run import Run
+from supernet.task import Estimate
+
+MIDDLE = "middle"
+"""A budget that is not a number: the middle between the measured latencies of the smallest and the largest child."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """How the whole way is to be walked."""
+
+    data: str
+    out: Path
+    budgets: tuple[str, ...]
+    """Budgets, or (`MIDDLE`,)."""
+    space: str | None = None
+    recipe: str | None = None
+    epochs: int | None = None
+    overrides: Mapping[str, Any] | None = None
+    data_root: Path | None = None
+    download: bool = False
+    device: str = "auto"
+    workers: int = 0
+    threads: int = 1
+    search: str = "default"
+
+
+def walk(way: Whole, display: Display | None = None) -> dict[str, Any]:
+    """Walk the whole way; returns the content of `OUT/result.json`. Called again, it continues where it stopped."""
+    return _Way(way, devices.choose(way.device), display or Display(quiet=True)).go()
+
+
+class _Way:
+    """The whole way, stage by stage. Every stage leaves its files in the run and is not done again."""
+
+    def __init__(self, way: Whole, device: str, display: Display) -> None:
+
+        self.way, self.device, self.display, self.target = way, device, display, Local(way.threads)
+        self.seconds: dict[str, float] = {}
+
+    def go(self) -> dict[str, Any]:
+
+        settings = load_search_config(self.way.search)
+        self.seconds = _seconds_before(self.way.out)
+        self._check_budgets()
+        with self._timed("train"):
+            run = self._trained()
+        budgets = self._budgets(run)
+        with self._timed("search"):
+            found = search_shown(run, budgets, settings, self.way.threads, self.device, self.display)
+        with self._timed("export"):
+            bundle = self._exported(run, found)
+        with self._timed("test"):
+            tested = self._tested(run, found, bundle)
+        result = _result(run, found, tested, self.seconds)
+        durable.write_json(run.path / "result.json", result)
+        with self._timed("report"):
+            report_of(run, run.path / "report.html")
+        durable.write_json(run.path / "result.json", {**result, "seconds": self.seconds})
+        return {**result, "seconds": self.seconds}
+
+    def _check_budgets(self) -> None:
+        """A budget that cannot be read is an error before anything is trained."""
+        if self.way.budgets != (MIDDLE,):
+            parse_all(list(self.way.budgets))
+
+    def _trained(self) -> Run:
+        way = self.way
+        if (way.out / "config.json").exists():
+            begun = starting.resume(way.out)
+            given = (way.data, way.space, way.recipe, way.epochs, dict(way.overrides or {}))
+            if _asked(begun.run) not in (None, [*given]):
+                raise InputError(
+                    f"{way.out} holds a run of other data or options: choose another --out, or repeat the command that began it"
+                )
+        else:
+            begun = starting.start(
+                way.data, way.out, space=way.space, recipe=way.recipe, epochs=way.epochs, overrides=way.overrides, root=way.data_root,
+                download=way.download, device=self.device,
+            )  # fmt: skip
+            _remember(begun.run, [way.data, way.space, way.recipe, way.epochs, dict(way.overrides or {})])
+        for reason in begun.reasons:
+            self.display.say(reason)
+        if way.budgets != (MIDDLE,):  # impossible ones end here, before hours of training
+            latency = (
+                smallest_latency_ms(begun.run.space, self.target) if any("latency" in text for text in way.budgets) else None
+            )
+            refuse_impossible(begun.run.space, parse_all(list(way.budgets)), latency)
+        train_shown(begun.run, self.device, way.workers, self.display)
+        return begun.run
+
+    def _budgets(self, run: Run) -> list[str]:
+        if self.way.budgets != (MIDDLE,):
+            return list(self.way.budgets)
+        path = latency_file(run, self.target.fingerprint())
+        with self.display.stage("profile"), self._timed("profile"):
+            if path.exists():
+                model = LatencyModel.load(path, run.space, self.target)
+            else:
+                model = profile(run.space, self.target)
+                path.parent.mkdir(exist_ok=True)
+                model.save(path)
+        middle = (model.smallest_ms + model.largest_ms) / 2
+        self.display.say(
+            f"latency of the space here: {model.smallest_ms:.4g} to {model.largest_ms:.4g} ms; budget: {middle:.4g} ms, the middle"
+        )
+        return [f"latency_ms<={middle:.4g}"]
+
+    def _exported(self, run: Run, found: Found) -> Bundle:
+        latencies = [found.best.latency.as_dict()] if found.best.latency else []
+        with self.display.stage("export"):
+            bundle = shipped_already(run, found.best.arch, run.path / "bundle", latencies)
+            if bundle is not None:
+                return bundle
+            return ship(run, found.best.arch, run.path / "bundle", evaluator=run.evaluator(self.device), latencies=latencies)
+
+    def _tested(self, run: Run, found: Found, bundle: Bundle) -> dict[str, Estimate]:
+        """Test accuracy: the chosen child's as exported, of the others as extracted. What was counted before is not read again."""
+        before = _tested_before(run, found)
+        if before is not None:
+            return before
+        counted = bundle.manifest["accuracy"]
+        tested = {"chosen": Estimate(counted[run.task.metric], counted["low"], counted["high"], counted["images"])}
+        evaluator = run.evaluator(self.device)
+        with self.display.stage("test"):
+            images = run.test_images("smallest and largest child, final table")
+            for name, child in list(_three(found).items())[1:]:
+                tested[name] = run.task.estimate(evaluator.evaluate(child.arch, images))
+        return tested
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.monotonic() - start, 2)
+
+
+def _tested_before(run: Run, found: Found) -> dict[str, Estimate] | None:
+    """Test accuracies from the run's `result.json`, where it is of these very children and weights."""
+    path, metric = run.path / "result.json", run.task.metric
+    try:
+        result = json.loads(path.read_text()) if path.is_file() else {}
+        same = result.get("weights_sha256") == run.weights_hash and all(
+            result[name]["key"] == child.key for name, child in _three(found).items()
+        )
+        if not same:
+            return None
+        return {
+            name: Estimate(
+                result[name][metric], result[name][f"{metric}_low"], result[name][f"{metric}_high"], result["images"]
+            )
+            for name in _three(found)
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None  # a result is derived: it is made again
+
+
+def _seconds_before(out: Path) -> dict[str, float]:
+    """What earlier calls of the same run spent, so that a continued run tells the whole time."""
+    try:
+        return {
+            str(stage): float(seconds) for stage, seconds in json.loads((out / "result.json").read_text())["seconds"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _three(found: Found) -> dict[str, Child]:
+    return {"chosen": found.best, "smallest": found.smallest, "largest": found.largest}
+
+
+def _asked(run: Run) -> list[Any] | None:
+    """What `nestling run` was asked for when it began this run; None for a run that `nestling train` began."""
+    path = run.path / "asked.json"
+    return list(json.loads(path.read_text())) if path.is_file() else None
+
+
+def _remember(run: Run, asked: list[Any]) -> None:
+
+    durable.write_json(run.path / "asked.json", asked)
+
+
+def _result(run: Run, found: Found, tested: Mapping[str, Estimate], seconds: Mapping[str, float]) -> dict[str, Any]:
+    metric = run.task.metric
+    children = {}
+    for name, child in _three(found).items():
+        estimate, latency = tested[name], child.latency
+        assert latency is not None
+        children[name] = {
+            "key": child.key, metric: estimate.value, f"{metric}_low": estimate.low, f"{metric}_high": estimate.high,
+            "macs": int(child.costs["macs"]), "params": int(child.costs["params"]),
+            "peak_memory_bytes": int(child.costs["peak_memory_bytes"]), "predicted_latency_ms": child.predicted_latency_ms,
+            "latency_ms": latency.latency_ms, "latency_ms_low": latency.low, "latency_ms_high": latency.high,
+        }  # fmt: skip
+    return {
+        "format": 1, **children, "budget": list(found.budgets), "images": tested["chosen"].images, "evaluated": found.evaluated,
+        "weights_sha256": run.weights_hash, "test_reads": run.test_reads, "notes": list(found.notes), "seconds": dict(seconds),
+    }  # fmt: skip

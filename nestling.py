@@ -139,7 +139,8 @@ def _whole_way(way: Whole, as_json: bool) -> None:
             "macs": child["macs"], "params": child["params"], "predicted ms": f"{predicted:.4g}" if predicted is not None else "-",
             "measured latency_ms": f"{child['latency_ms']:.4g} ({child['latency_ms_low']:.4g} to {child['latency_ms_high']:.4g})",
         })  # fmt: skip
-    print_table(rows, f"budget: {', '.join(result['budget']) or 'none'}; {result['images']} test images; intervals at 95 %")
+    limits = ", ".join(f"{metric}<={bound:.6g}" for metric, bound in result["budget"].items())
+    print_table(rows, f"budget: {limits or 'none'}; {result['images']} test images; intervals at 95 %")
     for note in result["notes"]:
         print(note)
     print(f"bundle: {way.out / 'bundle'}   report: {way.out / 'report.html'}   figures: {way.out / 'result.json'}")

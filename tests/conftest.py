@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from search.found import Found
     from search.loop import SearchConfig
     from supernet.run import Run
+    from supernet.space import Space
 
 CLASSES = ("bar", "rail", "slash")
 EASY_IMAGES = 240
@@ -108,6 +109,25 @@ def macs_of(model: onnx.ModelProto) -> int:
         elif node.op_type == "Gemm":
             total += math.prod(shapes[node.input[1]])
     return total
+
+
+def small_space_of(**changes: list[int]) -> Space:
+    """A space of one arch, but for the dimensions `resolution`, `width`, `depth`, `kernel_size` and `head` that are given."""
+    from supernet.space import Space
+
+    chosen = {"resolution": [12], "width": [8], "depth": [1], "kernel_size": [3], "head": [16]} | changes
+    stage = {name: chosen[name] for name in ("width", "depth", "kernel_size")}
+    return Space.from_definition({
+        "name": "small", "family": "mbconv", "resolution": chosen["resolution"], "stem": {"width": [8], "stride": 1},
+        "stages": [{**stage, "expand_ratio": [2], "stride": 2, "squeeze_excite": True}],
+        "head": {"expand_ratio": 2, "width": chosen["head"]}, "classes": 3, "in_channels": 1,
+    })  # fmt: skip
+
+
+@pytest.fixture
+def small_space() -> Callable[..., Space]:
+    """The function `small_space_of`."""
+    return small_space_of
 
 
 @pytest.fixture(scope="session")

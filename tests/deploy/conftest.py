@@ -1,16 +1,20 @@
-"""A network as training leaves it, without the training."""
+"""Networks as training leaves them, without the training; and what they become when exported."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
 
+from deploy.export import to_onnx
 from supernet.arch import Arch
 from supernet.model import plain
-from supernet.space import Space
+from supernet.space import Space, load_space
 
 Networks = Callable[[Space, Arch], nn.Sequential]
 
@@ -34,3 +38,20 @@ def as_trained(space: Space, arch: Arch, seed: int = 0) -> nn.Sequential:
 def networks() -> Networks:
     """The function `as_trained`."""
     return as_trained
+
+
+Exported = Callable[[str, str | int], tuple[Space, Arch, onnx.ModelProto]]
+
+
+@pytest.fixture(scope="session")
+def exported() -> Exported:
+    """Gives space, arch and graph of "smallest", "largest" or the random arch of a seed; each is exported once."""
+
+    @lru_cache
+    def export(name: str, which: str | int) -> tuple[Space, Arch, onnx.ModelProto]:
+        space = load_space(name)
+        arch = space.sample(np.random.default_rng(which)) if isinstance(which, int) else getattr(space, which)
+        model = to_onnx(as_trained(space, arch), channels=space.family.in_channels, resolution=space.resolution(arch))
+        return space, arch, model
+
+    return export

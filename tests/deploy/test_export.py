@@ -89,19 +89,13 @@ def test_nothing_in_the_file_names_the_machine_that_made_it(model: onnx.ModelPro
     assert model.producer_name == "nestling"
 
 
-def test_exporting_leaves_the_network_as_it_was(network: nn.Module) -> None:
+def test_exporting_prints_nothing_changes_nothing_and_gives_the_same_bytes_again(
+    network: nn.Module, model: onnx.ModelProto, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    to_onnx(network, channels=1, resolution=20)
+    assert to_onnx(network, channels=1, resolution=20).SerializeToString() == model.SerializeToString()
     assert not network.training
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
-
-
-def test_the_same_network_gives_the_same_bytes(network: nn.Module, model: onnx.ModelProto) -> None:
-    assert to_onnx(network, channels=1, resolution=20).SerializeToString() == model.SerializeToString()
-
-
-def test_exporting_prints_nothing(network: nn.Module, capfd: pytest.CaptureFixture[str]) -> None:
-    to_onnx(network, channels=1, resolution=20)
     assert capfd.readouterr() == ("", "")
 
 

@@ -33,17 +33,6 @@ CONSTANT_MS = 0.02
 KINDS = {"Conv": "conv", "Gemm": "linear"}
 
 
-def small_space(**changes: Any) -> Space:
-    """A space of one arch, but for the dimensions that `changes` widens."""
-    stage = {"width": [8], "depth": [1], "kernel_size": [3], "expand_ratio": [2], "stride": 2, "squeeze_excite": True}
-    given = {"resolution": [12], "width": [8], "depth": [1]} | changes
-    return Space.from_definition({
-        "name": "small", "family": "mbconv", "resolution": given["resolution"], "stem": {"width": [8], "stride": 1},
-        "stages": [{**stage, "width": given["width"], "depth": given["depth"]}], "head": {"expand_ratio": 2, "width": [16]},
-        "classes": 3, "in_channels": 1,
-    })  # fmt: skip
-
-
 @pytest.fixture
 def features_of(
     graph_shapes: Callable[[onnx.ModelProto], dict[str, tuple[int, ...]]],
@@ -155,7 +144,9 @@ def test_the_upper_factor_covers_95_percent_of_the_children_left_out(fake_target
 
 
 @pytest.mark.parametrize("changes, archs", [({}, 1), ({"resolution": [12, 16]}, 2), ({"width": [8, 16], "depth": [1, 2]}, 4)])
-def test_spaces_of_few_archs_are_measured_whole(fake_target: Any, lawful: Any, changes: dict[str, Any], archs: int) -> None:
+def test_spaces_of_few_archs_are_measured_whole(
+    small_space: Any, fake_target: Any, lawful: Any, changes: dict[str, Any], archs: int
+) -> None:
     space = small_space(**changes)
     assert space.size == archs
     model = profile(space, fake_target(lawful))

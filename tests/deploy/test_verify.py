@@ -57,13 +57,9 @@ CHANGES: dict[str, Change] = {
 
 
 @pytest.fixture(scope="module")
-def exported(tiny_searched: tuple[Run, Found]) -> onnx.ModelProto:
-    """The chosen child as it is exported."""
-    from deploy.export import to_onnx
-
-    run, found = tiny_searched
-    network = run.evaluator().calibrated(found.best.arch)
-    return to_onnx(network, channels=1, resolution=run.space.resolution(found.best.arch))
+def exported(tiny_bundle: Bundle) -> onnx.ModelProto:
+    """The chosen child as it was exported."""
+    return onnx.load_model_from_string((tiny_bundle.path / "model.onnx").read_bytes())
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -165,8 +161,11 @@ def test_images_of_arrays_become_files_that_hold_the_same_pixels(run_copy: Run, 
     assert not list((tmp_path / "images").rglob(".*"))
 
 
-def test_a_damaged_file_of_the_run_is_named(searched_copy: Run, tmp_path: Path) -> None:
-    arch = searched_copy.space.smallest
+def test_a_damaged_file_of_the_run_is_named(
+    searched_copy: Run, exported: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shipping, "to_onnx", lambda *_, **__: exported)
+    arch = Found.load(searched_copy).best.arch
     confirm = searched_copy.dataset.split("confirm")
     file = files_of(confirm, searched_copy.path / "images")[0]
     file.write_bytes(file.read_bytes()[:20])

@@ -13,6 +13,7 @@ from supernet.costs import arch_costs
 from supernet.space import Space
 
 Shapes = Callable[[onnx.ModelProto], dict[str, tuple[int, ...]]]
+WHICH = ["smallest", "largest", 0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
 Exported = Callable[[str, str | int], tuple[Space, Arch, onnx.ModelProto]]
 
 

@@ -17,6 +17,7 @@ from supernet.arch import Arch
 from supernet.space import Space, load_space
 
 Shapes = Callable[[onnx.ModelProto], dict[str, tuple[int, ...]]]
+WHICH = ["smallest", "largest", 0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
 Exported = Callable[[str, str | int], tuple[Space, Arch, onnx.ModelProto]]
 
 DEFAULTS: dict[str, dict[str, Any]] = {

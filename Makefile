@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# A process for each core, one thread in each: small networks gain nothing from more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 .PHONY: demo test check bench clean
 
@@ -23,10 +25,10 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -m "not slow and not nightly and not gpu"
+	$(PYTEST) -m "not slow and not nightly and not gpu"
 
 test: check
-	$(BIN)/python -m pytest -q -m "slow and not nightly and not gpu"
+	$(PYTEST) -m "slow and not nightly and not gpu"
 
 bench: $(STAMP)
 	for script in benchmarks/*.py; do $(BIN)/python $$script --quick || exit 1; done

@@ -196,7 +196,7 @@ def main() -> None:
     try:
         app()
     except (InputError, OSError) as error:
-        print(f"nestling: {error}", file=sys.stderr)
+        print("nestling:", *str(error).splitlines(), file=sys.stderr)  # a name in it may hold line breaks
         sys.exit(2)
 
 

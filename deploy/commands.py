@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -57,11 +58,19 @@ def verify(
     images: Annotated[Path | None, typer.Option("--images", help="Folder of the images in images.json: repeats predictions.")] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Check a bundle: hashes always; against its run, the whole proof; against image files, every prediction."""
+    """Check a bundle: hashes always; against its run, the whole proof; against image files, every prediction.
+
+    Ends with 1 where a proof fails.
+    """
     from deploy.again import verify_again
+    from deploy.verify import VerificationError
     from supernet.console import print_json
 
-    result = verify_again(bundle, run, images)
+    try:
+        result = verify_again(bundle, run, images)
+    except VerificationError as error:
+        print(f"nestling: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
     if as_json:
         print_json(result)
     else:
@@ -87,6 +96,7 @@ def predict(
 
 def best_of(run: Run) -> tuple[Arch, list[Mapping[str, Any]]]:
     """The child that the latest search of a run chose, and its measured latency."""
+    from deploy.targets import Latency
     from supernet.errors import InputError
 
     path = run.path / "search" / "found.json"
@@ -94,8 +104,9 @@ def best_of(run: Run) -> tuple[Arch, list[Mapping[str, Any]]]:
         raise InputError(f"{run.path} was not searched yet: run `nestling search {run.path}` first, or give --arch")
     try:
         best = json.loads(path.read_text())["best"]
-        return run.space.arch(best["arch"], str(path)), [best["latency"]] if best["latency"] else []
-    except (ValueError, KeyError, TypeError) as error:
+        latency = best["latency"]
+        return run.space.arch(best["arch"], str(path)), [] if latency is None else [Latency.from_dict(latency).as_dict()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is damaged ({error!r}): search again, which repeats no evaluation") from error

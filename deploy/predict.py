@@ -146,7 +146,12 @@ def report(predictor: Predictor, files: list[str], top: int, as_json: bool) -> N
         if as_json:
             print(json.dumps({"image": file, "classes": [{"class": name, "probability": value} for name, value in best]}))
         else:
-            print(f"{file}: " + ", ".join(f"{name} {value:.1%}" for name, value in best))
+            print(printable(f"{file}: " + ", ".join(f"{name} {value:.1%}" for name, value in best)))
+
+
+def printable(text: str) -> str:
+    """Text that keeps to its line and sends a terminal no commands, whatever files and classes are called."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -169,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps({"images": images, "top1": right / images if images else None, "differ": differ}))
             return 1 if differ else 0
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 2
     return 0
 

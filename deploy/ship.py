@@ -38,6 +38,10 @@ def ship(
         raise InputError(
             f"the accuracy of a bundle is of the split test or confirm, which no search compares on, but got {split!r}"
         )
+    if run.task.name != "classification":
+        raise InputError(
+            f"bundles are of classifiers so far, but {run.path} learnt {run.task.name}: use its children from Python"
+        )
     refuse_foreign(out)  # before the test split is read
     evaluator = evaluator or run.evaluator()
     images = run.test_images(f"export of {arch.key}") if split == "test" else run.dataset.split(split)
@@ -71,11 +75,11 @@ def shipped_already(run: Run, arch: Arch, out: Path, latencies: Sequence[Mapping
     """The bundle at `out`, where it is whole and of this very child, weights and latencies; else None."""
     try:
         bundle = Bundle.open(out)
+        same = (bundle.fact("key"), bundle.fact("training", "weights_sha256")) == (arch.key, run.weights_hash)
+        bundle.fact("accuracy", run.task.metric)
     except InputError:
         return None
-    manifest = bundle.manifest
-    same = manifest.get("key") == arch.key and manifest.get("training", {}).get("weights_sha256") == run.weights_hash
-    return bundle if same and manifest.get("latency") == [dict(entry) for entry in latencies] else None
+    return bundle if same and bundle.manifest.get("latency") == [dict(entry) for entry in latencies] else None
 
 
 def _facts(run: Run, arch: Arch, images: SplitImages) -> dict[str, Any]:

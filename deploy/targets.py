@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,6 +27,35 @@ class Model:
     data: bytes
     channels: int
     resolution: int
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """A measured latency in ms at batch 1, with its 95 % interval."""
+
+    target: str
+    latency_ms: float
+    low: float
+    high: float
+    fingerprint: Mapping[str, Any]
+    date: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON and manifests."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    @classmethod
+    def from_dict(cls, value: Any) -> Latency:
+        """Read what `as_dict` gave. Raises `ValueError` for anything else."""
+        if not isinstance(value, dict) or set(value) != set(cls.__slots__) or not isinstance(value["fingerprint"], dict):
+            raise ValueError(f"a latency has {', '.join(cls.__slots__)}")
+        numbers = [value[name] for name in ("latency_ms", "low", "high")]
+        texts = [value["target"], value["date"], *(value["fingerprint"].get(name) for name in ("processor", "runtime", "hash"))]
+        if not all(type(number) in (int, float) and 0 <= number < math.inf for number in numbers):
+            raise ValueError(f"a latency is a number of ms with its interval, not {numbers}")
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("a latency names its target, date, processor and runtime")
+        return cls(**value)
 
 
 class Target(Protocol):

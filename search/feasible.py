@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from deploy.latency import LatencyModel
 from search.budget import Budget
 from supernet.arch import Arch
-from supernet.costs import Costs
+from supernet.costs import Costs, arch_costs
 from supernet.errors import InputError
 from supernet.space import Codes, Space
 
@@ -56,7 +56,7 @@ def refuse_impossible(space: Space, budgets: Sequence[Budget], smallest_latency_
     Costs never fall when a choice grows (a test holds this for every family), so the smallest arch decides. Its latency is the
     measured one, upper end.
     """
-    reachable = {name: float(values[0]) for name, values in Costs(space).all(space.encode([space.smallest])).items()}
+    reachable: dict[str, float] = {**arch_costs(space, space.smallest)}
     if smallest_latency_ms is not None:
         reachable["latency_ms"] = smallest_latency_ms
     for budget in budgets:

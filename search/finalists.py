@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from deploy.export import to_onnx
-from deploy.targets import Model, Target
+from deploy.targets import Latency, Model, Target
 from search.budget import Budget
-from search.found import Latency
 from search.store import Confirmed, Measurement, Store
 from supernet.arch import Arch
 from supernet.evaluate import Evaluator

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deploy.targets import Latency
 from supernet import durable
 from supernet.arch import Arch
+from supernet.costs import METRICS
 from supernet.errors import InputError
 from supernet.run import Run
 
 FORMAT = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Latency:
-    """A measured latency in ms at batch 1, with its 95 % interval."""
-
-    target: str
-    latency_ms: float
-    low: float
-    high: float
-    fingerprint: Mapping[str, Any]
-    date: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON and manifests."""
-        return {name: getattr(self, name) for name in self.__slots__}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +86,36 @@ class Found:
                 raise InputError(f"{path} has format {value['format']!r}, this version reads {FORMAT}: search again")
             child = {name: _child(run, value[name]) for name in ("best", "smallest", "largest")}
             return cls(
-                run.path, tuple(value["budgets"]), child["best"], child["smallest"], child["largest"],
-                tuple(_child(run, entry) for entry in value["finalists"]), tuple(value["front"]), value["evaluated"],
-                tuple(value["notes"]),
+                run.path, _texts(value["budgets"]), child["best"], child["smallest"], child["largest"],
+                tuple(_child(run, entry) for entry in value["finalists"]), _texts(value["front"]), int(value["evaluated"]),
+                _texts(value["notes"]),
             )  # fmt: skip
         except InputError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{path} is damaged ({error!r}): search again, which repeats no evaluation") from error
 
 
 def _child(run: Run, value: Mapping[str, Any]) -> Child:
-    latency = Latency(**value["latency"]) if value["latency"] else None
-    return Child(run.path, run.space.arch(value["arch"], "found.json"), value["costs"], value["search_score"], value["confirm_score"],
-                 value["predicted_latency_ms"], latency)  # fmt: skip
+    confirm, predicted, latency = (value[name] for name in ("confirm_score", "predicted_latency_ms", "latency"))
+    return Child(
+        run.path,
+        run.space.arch(value["arch"], "found.json"),
+        {name: _number(value["costs"][name]) for name in METRICS},
+        _number(value["search_score"]),
+        None if confirm is None else _number(confirm),
+        None if predicted is None else _number(predicted),
+        None if latency is None else Latency.from_dict(latency),
+    )
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise TypeError(f"{value!r} is no number")
+    return float(value)
+
+
+def _texts(values: object) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(text, str) and text for text in values):
+        raise TypeError(f"{values!r} is no list of texts")
+    return tuple(values)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,12 +16,12 @@ from pydantic import Field, StrictInt
 
 from deploy.latency import LatencyModel, profile
 from deploy.probe import probe
-from deploy.targets import Local, Model, Target
+from deploy.targets import Latency, Local, Model, Target
 from search import pareto
 from search.budget import Budget, parse_all
 from search.feasible import Feasible, refuse_impossible
 from search.finalists import Bench, meets, pooled
-from search.found import Child, Found, Latency
+from search.found import Child, Found
 from search.store import Row, Store
 from search.strategies.coarse_to_fine import CoarseToFine
 from supernet import config
@@ -83,25 +83,19 @@ def search(
     ).go()
 
 
+@dataclass
 class _Search:
-    def __init__(
-        self,
-        run: Run,
-        budgets: tuple[Budget, ...],
-        settings: SearchConfig,
-        target: Target,
-        device: str,
-        progress: Callable[[Event], None],
-    ) -> None:
-        self.run, self.budgets, self.settings, self.target, self.device, self.progress = (
-            run,
-            budgets,
-            settings,
-            target,
-            device,
-            progress,
-        )
-        self.space, self.notes = run.space, list[str]()
+    run: Run
+    budgets: tuple[Budget, ...]
+    settings: SearchConfig
+    target: Target
+    device: str
+    progress: Callable[[Event], None]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def space(self) -> Space:
+        return self.run.space
 
     def go(self) -> Found:
         refuse_impossible(self.space, self.budgets, None)
@@ -109,7 +103,8 @@ class _Search:
         feasible = Feasible(self.space, Costs(self.space), self.budgets, self._latency_model())
         evaluator = self.run.evaluator(self.device)
         with Store.open(self.run.path / "search" / "search.sqlite", identity=identity(self.run)) as store:
-            rows = self._evaluate(evaluator, store, feasible)
+            self._evaluate(evaluator, store, feasible)
+            rows = {self.space.arch(json.loads(row.arch)): row for row in store.rows()}  # of every search of this run so far
             found = self._choose(Bench(self.run, evaluator, store, self.target), feasible, rows)
         found.save()
         return found
@@ -128,15 +123,16 @@ class _Search:
         model.save(path)
         return model
 
-    def _evaluate(self, evaluator: Evaluator, store: Store, feasible: Feasible) -> dict[Arch, Row]:
+    def _evaluate(self, evaluator: Evaluator, store: Store, feasible: Feasible) -> None:
         """Drive the strategy; children that the store knows are not evaluated again."""
         settings, split, task = self.settings, self.run.dataset.split("search_val"), self.run.task
         strategy = CoarseToFine(
             self.space, feasible, seed=settings.seed, coarse=settings.coarse, fine=settings.fine, parents=settings.parents,
             batch=settings.batch, mutation_rate=settings.mutation_rate,
         )  # fmt: skip
-        rows: dict[Arch, Row] = {}
+        done = 0
         while asked := strategy.ask():
+            results = []
             for stage, arch in asked:
                 row = store.get(arch.key)
                 if row is None:
@@ -146,10 +142,10 @@ class _Search:
                     row = Row(arch.key, arch.to_json(), stage, task.estimate(scores).value, task.pack(scores), len(scores), costs,
                               time.perf_counter() - start)  # fmt: skip
                     store.add([row])
-                rows[arch] = row
-                self.progress(Event(f"evaluating: {stage}", len(rows), settings.coarse + settings.fine + 2))
-            strategy.tell([(arch, rows[arch].score) for _, arch in asked])
-        return rows
+                results.append((arch, row.score))
+                done += 1
+                self.progress(Event(f"evaluating: {stage}", done, settings.coarse + settings.fine + 2))
+            strategy.tell(results)
 
     def _choose(self, bench: Bench, feasible: Feasible, rows: dict[Arch, Row]) -> Found:
         """Measure finalists, the best first, until some meet the budgets; of those the best on search-val and confirm together.
@@ -219,6 +215,7 @@ class _Search:
 def identity(run: Run) -> dict[str, str]:
     """What the rows of a store belong to: other weights, data or settings make other scores."""
     return {
+        "task": run.task.name,
         "space": run.space.key,
         "weights": run.weights_hash,
         "data": str(run.data["fingerprint"]),

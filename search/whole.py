@@ -96,8 +96,7 @@ class _Way:
         way = self.way
         if (way.out / "config.json").exists():
             begun = starting.resume(way.out)
-            given = (way.data, way.space, way.recipe, way.epochs, dict(way.overrides or {}))
-            if _asked(begun.run) not in (None, [*given]):
+            if not _continues(way, begun.run):
                 raise InputError(
                     f"{way.out} holds a run of other data or options: choose another --out, or repeat the command that began it"
                 )
@@ -197,10 +196,24 @@ def _three(found: Found) -> dict[str, Child]:
     return {"chosen": found.best, "smallest": found.smallest, "largest": found.largest}
 
 
+def _continues(way: Whole, run: Run) -> bool:
+    """Whether `way` is the one that began this run; of a run that `nestling train` began, only data and epochs can be compared."""
+    asked = _asked(run)
+    if asked is not None:
+        return asked == [way.data, way.space, way.recipe, way.epochs, dict(way.overrides or {})]
+    same_data = run.data["name"] in {way.data, str(Path(way.data).expanduser().resolve())}
+    return same_data and way.epochs in {None, run.recipe.epochs}
+
+
 def _asked(run: Run) -> list[Any] | None:
     """What `nestling run` was asked for when it began this run; None for a run that `nestling train` began."""
     path = run.path / "asked.json"
-    return list(json.loads(path.read_text())) if path.is_file() else None
+    try:
+        return list(json.loads(path.read_text())) if path.is_file() else None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{path} is damaged ({error}): restore it, or remove it if --data is what the run began with"
+        ) from error
 
 
 def _remember(run: Run, asked: list[Any]) -> None:

@@ -9,10 +9,10 @@ from supernet.space import Space
 
 RECIPES = {"digits": "digits", "cifar-mbconv": "cifar", "photo-mbconv": "photo", "attentivenas": "attentivenas"}
 """Space -> the recipe made for it."""
-MOST_SEEN = {"digits": 65_000, "cifar-mbconv": 1_500_000, "photo-mbconv": 300_000, "attentivenas": 460_000_000}
+MOST_SEEN = {"digits": 40_000, "cifar-mbconv": 1_500_000, "photo-mbconv": 300_000, "attentivenas": 460_000_000}
 """Images shown in all, beyond which more epochs bring little."""
-MOST_MACS = {"cpu": 4e13, "cuda": 5e18}
-"""Training work that is reasonable without being asked: about an hour on two CPU cores, days on a GPU."""
+MOST_MACS = {"cpu": 2.5e13, "cuda": 5e18}
+"""Training work that is reasonable without being asked: half an hour to an hour on two CPU cores, days on a GPU."""
 LEAST_EPOCHS, MOST_EPOCHS = 3, 360
 BACKWARD = 2
 """A backward pass costs about two forward passes."""

@@ -50,6 +50,8 @@ class Run:
         """Divide the data, measure its channels and write the directory. Raises `InputError` where a run is there already."""
         if (path / "config.json").exists():
             raise InputError(f"{path} holds a run already: continue it with --resume, or choose another --out")
+        if (path / "checkpoints").exists():
+            raise InputError(f"{path} holds checkpoints of another run (its config.json is gone): choose another --out")
         splits = divide(source, seed=recipe.seed)
         mean, std = channel_statistics(source, splits.train)
         data = {"name": source.name, "root": str(root.resolve()) if root else None, "fingerprint": source.fingerprint,

@@ -23,6 +23,9 @@ from supernet.family import BlockSpec, Dimension, Family
 Codes = NDArray[np.int64]
 """Archs as integers, shape (archs, dimensions): the position of each choice."""
 
+MOST_BLOCKS = 2_000_000
+"""Blocks counted over all slots and choices; the largest published spaces have some ten thousands. More would take minutes to cost."""
+
 
 @dataclass(frozen=True)
 class Space:
@@ -47,6 +50,11 @@ class Space:
         checked = config.parse(FAMILIES[family].config, value, where)
         space = cls(checked.name, checked.model_dump(mode="json"), FAMILIES[family].make(checked))
         names = [dimension.name for dimension in space.dimensions]
+        blocks = sum(math.prod(len(space.by_name[name].choices) for name in slot.dimensions) for slot in space.family.slots)
+        if blocks > MOST_BLOCKS:
+            raise InputError(
+                f"{where}: a space has at most {MOST_BLOCKS:,} different blocks, this one {blocks:,}: offer fewer choices"
+            )
         if len(set(names)) != len(names):
             raise InputError(f"{where}: dimensions must have different names, but got {names}")
         return space

@@ -9,6 +9,7 @@ from typing import Any
 
 from supernet import defaults
 from supernet.data.sources import Source, open_source, unreadable
+from supernet.data.splits import divide
 from supernet.errors import InputError
 from supernet.recipe import TrainConfig, load_recipe
 from supernet.run import Run
@@ -43,7 +44,7 @@ def start(
     given = dict(overrides or {}) | ({"epochs": epochs} if epochs is not None else {})
     config = _at_home_on(device, load_recipe(recipe or defaults.recipe_for(made.name), given), "precision" in given)
     if recipe is None and "epochs" not in given:
-        config = config.model_copy(update={"epochs": defaults.epochs_for(made, len(source), device, config.children)})
+        config = config.model_copy(update={"epochs": defaults.epochs_for(made, _to_train(source), device, config.children)})
     run = Run.create(out, made, config, source, root=root)
     return Start(run, tuple(_told(run, why)))
 
@@ -53,6 +54,11 @@ def resume(out: Path) -> Start:
     run = Run.open(out)
     _ = run.dataset  # notices data that changed, before anything is computed
     return Start(run, (f"resuming {out}", f"space {run.space.name}, recipe {run.recipe.name}, {run.recipe.epochs} epochs"))
+
+
+def _to_train(source: Source) -> int:
+    """How many images the train split will have (whatever the seed)."""
+    return len(divide(source, seed=0).train)
 
 
 def _at_home_on(device: str, recipe: TrainConfig, asked: bool) -> TrainConfig:

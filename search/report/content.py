@@ -61,10 +61,10 @@ def _result(run: Run, found: Found) -> dict[str, Any]:
     path = run.path / "result.json"
     try:
         value = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}): remove it, `nestling run` writes it again") from error
     whole = isinstance(value, dict) and all(
-        value.get(name, {}).get("key") == child.key for name, child in _three(found).items()
+        isinstance(value.get(name), dict) and value[name].get("key") == child.key for name, child in _three(found).items()
     )
     return value if whole else {}
 
@@ -114,7 +114,7 @@ def _fit_error(model: LatencyModel) -> str:
 
 
 def _facts(run: Run, result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    environment = json.loads((run.path / "environment.json").read_text())
+    environment = _environment(run)
     splits = run.dataset.splits
     sizes = {name: len(getattr(splits, name)) for name in ("train", "search_val", "confirm", "test")}
     seconds = result.get("seconds", {})
@@ -128,6 +128,15 @@ def _facts(run: Run, result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{name} {version}" for name, version in environment["versions"].items())),
         *([("seconds", ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))] if seconds else []),
     ]
+
+
+def _environment(run: Run) -> dict[str, Any]:
+    path = run.path / "environment.json"
+    try:
+        value = json.loads(path.read_text())
+        return {"processor": str(value["processor"]), "cores": value["cores"], "versions": dict(value["versions"])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error!r}): restore it from a copy of the run") from error
 
 
 def _notes(found: Found, result: Mapping[str, Any]) -> list[str]:

@@ -35,6 +35,12 @@ def _odd(kernels: tuple[int, ...]) -> tuple[int, ...]:
     return kernels
 
 
+def _shallow(depths: tuple[int, ...]) -> tuple[int, ...]:
+    if depths[-1] > 100:
+        raise ValueError("a stage has at most 100 blocks: use smaller depths")
+    return depths
+
+
 Stride = Annotated[StrictInt, Field(ge=1, le=4)]
 
 
@@ -49,7 +55,7 @@ class StageConfig(Config):
     """A stage of blocks that share width, kernel and expansion; its first block strides."""
 
     width: Choices
-    depth: Choices
+    depth: Annotated[Choices, AfterValidator(_shallow)]
     kernel_size: Annotated[Choices, AfterValidator(_odd)]
     expand_ratio: Choices
     stride: Stride

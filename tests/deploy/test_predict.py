@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from deploy.bundle import Bundle, write_manifest
-from deploy.predict import Predictor, check, file_of, main
+from deploy.predict import Predictor, check, file_of, main, report
 from supernet.run import Run
 
 GUARD = """
@@ -228,6 +228,19 @@ def test_plain_lines_name_the_file_and_the_likeliest_classes(
     best = tiny_bundle.classes[int(tiny_bundle.predict([picture])[0].argmax())]
     assert len(lines) == 2
     assert all(line.startswith(f"{picture}: {best} ") and line.count("%") == 2 for line in lines)
+
+
+def test_names_cannot_break_a_line_or_command_a_terminal(
+    tiny_bundle: Bundle, picture: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = Predictor(tiny_bundle.path)
+    monkeypatch.setattr(predictor, "classes", ["a\nb", "\x1b[2Jc", "\udcff"])
+    strange = Path(picture).with_name("x\ny\x1b.png")
+    Path(picture).rename(strange)
+    report(predictor, [str(strange)], 3, as_json=False)
+    out = capsys.readouterr().out
+    assert out.isascii() and out[:-1].isprintable()
+    assert all(name in out for name in ("a?b", "?[2Jc", "x?y?.png"))
 
 
 def test_the_check_reads_files_of_any_suffix_and_adds_png_to_names_without(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def tiny() -> dict[str, Any]:
     return copy.deepcopy(TINY)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_space() -> Space:
     return Space.from_definition(TINY)
 
@@ -72,7 +72,7 @@ def images(tmp_path: Path) -> Source:
     return open_source(str(_save_images(tmp_path / "images.npz")))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def save_images() -> Callable[..., Path]:
     return _save_images
 
@@ -85,7 +85,7 @@ def _save_images(path: Path, *, count: int = 60, classes: int = 3, seed: int = 0
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe() -> TrainConfig:
     """Two epochs of four steps."""
     return load_recipe("digits", {"epochs": 2, "batch_size": 9, "calibration_images": 36, "dropout": 0.2, "drop_path": 0.2})

@@ -136,7 +136,7 @@ def test_momentum_comes_back_also_after_an_error(tiny_space: Space) -> None:
 
 @pytest.fixture
 def evaluator(run: Run) -> Evaluator:
-    return Evaluator(trained(run.space), run.task, run.dataset.split("train"), calibration_images=30, batch_size=7)
+    return Evaluator(trained(run.space), run.task, run.dataset.split("train"), calibration_images=30, batch_size=4)
 
 
 def archs_of(space: Space) -> list[Arch]:

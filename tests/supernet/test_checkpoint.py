@@ -6,7 +6,6 @@ import errno
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -63,8 +62,10 @@ def folders(root: Path) -> list[str]:
 
 def test_tensors_of_all_kinds_and_json_come_back_bit_equal(tmp_path: Path) -> None:
     awkward = {
-        "floats": torch.tensor([0.1, -0.0, float("inf"), float("nan"), 1e-45]), "half": torch.tensor([0.1], dtype=torch.bfloat16),
-        "integers": torch.tensor([2**62, -1]), "bools": torch.tensor([True, False]), "scalar": torch.tensor(3.5), "none": torch.empty(0, 3),
+        "floats": torch.tensor([0.1, -0.0, float("inf"), float("nan"), 1e-45]),
+        "half": torch.tensor([0.1], dtype=torch.bfloat16),
+        "integers": torch.tensor([2**62, -1]), "bools": torch.tensor([True, False]), "scalar": torch.tensor(3.5),
+        "none": torch.empty(0, 3),
         "view": torch.arange(12.0).view(3, 4)[:, 1:3], "turned": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
         "leaf": torch.ones(2, requires_grad=True),
     }  # fmt: skip
@@ -172,7 +173,7 @@ def test_damage_to_any_file_makes_the_checkpoint_not_whole_and_the_older_one_the
     assert problem is not None
     assert "\n" not in problem
     with pytest.raises(
-        InputError, match="step-000000002 is not a whole checkpoint: .*. Use an older one, or start the run anew"
+        InputError, match=r"step-000000002 is not a whole checkpoint: .*. Use an older one, or start the run anew"
     ):
         load(newer)
     assert latest(tmp_path) == older
@@ -390,6 +391,9 @@ from supernet import checkpoint
 root, rounds, delays = pathlib.Path(sys.argv[1]), int(sys.argv[2]), random.Random(0)
 def made(step):
     return checkpoint.Checkpoint(step, {"weights": {"a": torch.full((20000,), float(step))}}, {"step": step})
+began = time.monotonic()
+checkpoint.save(root.parent / "measured", made(1))
+duration = time.monotonic() - began
 newest = 0
 for number in range(rounds):
     reader, writer = os.pipe()
@@ -403,7 +407,7 @@ for number in range(rounds):
         finally:
             os._exit(1)
     os.close(writer)
-    time.sleep(delays.uniform(0.001, 0.08))
+    time.sleep(delays.uniform(0, 5 * duration))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     told = os.read(reader, 65536)
@@ -415,22 +419,22 @@ for number in range(rounds):
     assert step >= acknowledged, (step, acknowledged)
     assert whole is None or (whole.state["step"] == step and bool((whole.tensors["weights"]["a"] == step).all()))
     torn = sum(checkpoint.verify(each) is not None for each in checkpoint.all_of(root))
-    print(step, torn, len(checkpoint.all_of(root)), flush=True)
+    print(step, torn, flush=True)
     newest = max(step, newest)
 """
 
 
 def test_a_writer_killed_at_any_moment_never_loses_what_it_had_saved(tmp_path: Path) -> None:
     found = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path / "checkpoints"), "25"], capture_output=True, text=True, cwd=ROOT, check=False
+        [sys.executable, "-c", KILLED, str(tmp_path / "checkpoints"), "20"], capture_output=True, text=True, cwd=ROOT, check=False
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
     rounds = [tuple(map(int, line.split())) for line in found.stdout.splitlines()]
-    assert len(rounds) == 25
-    assert rounds[-1][0] > 25
-    assert any(torn for _, torn, _ in rounds)  # some did die in the middle of a checkpoint
-    assert all(count <= 4 for _, _, count in rounds)  # what they left behind does not pile up
-    shutil.rmtree(tmp_path / "checkpoints")
+    assert len(rounds) == 20
+    assert rounds[-1][0] > 3
+    assert any(torn for _, torn in rounds)  # some did die in the middle of a checkpoint
+    kept = [save(tmp_path / "checkpoints", small(step)) for step in (10**6, 10**6 + 1)]
+    assert checkpoint.all_of(tmp_path / "checkpoints") == kept  # what they left behind does not pile up
 
 
 # --- optimizers ---

@@ -16,7 +16,15 @@ from supernet.space import Space, load_space
 
 @pytest.mark.parametrize(
     ("image_size", "images", "device"),
-    [(1, 2, "cpu"), (16, 1797, "cuda"), (17, 60_000, "cpu"), (64, 10**9, "cuda"), (200, 2, "cuda"), (4000, 10**9, "cpu"), (200, 10**6, "cuda")],
+    [
+        (1, 2, "cpu"),
+        (16, 1797, "cuda"),
+        (17, 60_000, "cpu"),
+        (64, 10**9, "cuda"),
+        (200, 2, "cuda"),
+        (4000, 10**9, "cpu"),
+        (200, 10**6, "cuda"),
+    ],
 )
 def test_whatever_is_chosen_is_shipped_and_says_why(image_size: int, images: int, device: str) -> None:
     name, why = defaults.space_for(image_size, images, device)

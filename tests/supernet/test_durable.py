@@ -80,10 +80,12 @@ def test_a_file_is_made_or_replaced_whole(tmp_path: Path, data: bytes) -> None:
         assert list(tmp_path.iterdir()) == [path]
 
 
-@given(st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(codec="utf-8")),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner), max_leaves=8,
-))  # fmt: skip
+texts = st.text(st.characters(codec="utf-8"))
+plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts
+trees = st.recursive(plain, lambda inner: st.lists(inner) | st.dictionaries(texts, inner), max_leaves=8)
+
+
+@given(trees)
 def test_json_comes_back_with_every_digit(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
     path = tmp_path_factory.getbasetemp() / "value.json"
     durable.write_json(path, value)

@@ -36,15 +36,16 @@ print("\\n" + json.dumps({"modules": sorted({name.split(".")[0] for name in sys.
 def after(code: str, *arguments: str) -> dict[str, Any]:
     """What a fresh interpreter has loaded and touched after running `code`."""
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    found = subprocess.run(
-        [sys.executable, "-W", "error", "-c", WATCH, code, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
-    )  # fmt: skip
+    command = [sys.executable, "-W", "error", "-c", WATCH, code, *arguments]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert found.returncode == 0, found.stderr
     report: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
     return {**report, "shown": found.stdout}
 
 
-@pytest.mark.parametrize("name", ["supernet", "deploy", "search", "nestling", "supernet.commands, deploy.commands, search.commands"])
+@pytest.mark.parametrize(
+    "name", ["supernet", "deploy", "search", "nestling", "supernet.commands, deploy.commands, search.commands"]
+)
 def test_importing_loads_nothing_heavy_and_touches_nothing(name: str) -> None:
     report = after(f"import {name}")
     assert not set(HEAVY) & set(report["modules"])

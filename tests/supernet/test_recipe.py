@@ -101,7 +101,9 @@ def test_what_a_recipe_cannot_say_is_named_with_the_remedy(overrides: dict[str, 
 
 
 def test_an_unknown_recipe_lists_what_there_is() -> None:
-    with pytest.raises(InputError, match="train are named attentivenas, cifar, digits, photo or are the path of a YAML file, but got 'cifra'"):
+    with pytest.raises(
+        InputError, match="train are named attentivenas, cifar, digits, photo or are the path of a YAML file, but got 'cifra'"
+    ):
         load_recipe("cifra")
 
 
@@ -146,7 +148,9 @@ def test_what_is_no_override_says_how_one_is_written(text: str) -> None:
         parse_overrides([text])
 
 
-@pytest.mark.parametrize("value", ["[1", "[1]", "{a: 1}", "&a [*a]", "!!python/name:os.system", "2020-13-45", "\0", "'", f"{'9' * 5000}", "[" * 5000])
+@pytest.mark.parametrize(
+    "value", ["[1", "[1]", "{a: 1}", "&a [*a]", "!!python/name:os.system", "2020-13-45", "\0", "'", f"{'9' * 5000}", "[" * 5000]
+)
 def test_values_that_cannot_be_read_are_named(value: str) -> None:
     with pytest.raises(InputError, match="the value of "):
         parse_overrides([f"epochs={value}"])

@@ -67,7 +67,9 @@ def test_mean_and_deviation_are_those_of_the_training_images(run: Run, images: S
 
 def test_the_seed_divides_the_images(tmp_path: Path, tiny_space: Space, images: Source) -> None:
     splits = [
-        Run.create(tmp_path / str(number), tiny_space, load_recipe("digits", {"seed": seed}), images).dataset.splits.train.tolist()
+        Run.create(
+            tmp_path / str(number), tiny_space, load_recipe("digits", {"seed": seed}), images
+        ).dataset.splits.train.tolist()
         for number, seed in enumerate((0, 0, 1))
     ]
     assert splits[0] == splits[1] != splits[2]
@@ -99,7 +101,10 @@ def test_the_environment_names_versions_and_no_host(run: Run) -> None:
     import platform
 
     environment = json.loads((run.path / "environment.json").read_text())
-    assert environment["versions"]["torch"] == torch.__version__.partition("+")[0] or environment["versions"]["torch"] == torch.__version__
+    assert (
+        environment["versions"]["torch"] == torch.__version__.partition("+")[0]
+        or environment["versions"]["torch"] == torch.__version__
+    )
     assert not {"host", "hostname", "node", "user"} & environment.keys()
     assert platform.node() not in environment.values()
 
@@ -109,7 +114,9 @@ def test_the_environment_names_versions_and_no_host(run: Run) -> None:
 
 def test_the_test_split_is_refused_where_search_and_training_look(run: Run) -> None:
     for name in ("test", "tset", "", "all"):
-        with pytest.raises(InputError, match="are train, search_val and confirm, but got .*: the test split is read through Run.test_images"):
+        with pytest.raises(
+            InputError, match=r"are train, search_val and confirm, but got .*: the test split is read through Run.test_images"
+        ):
             run.dataset.split(name)
     assert run.test_reads == 0
 
@@ -142,7 +149,7 @@ def test_no_two_splits_share_an_image(run: Run) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1}', "\ud800", "[" * 100_000])
 def test_a_damaged_config_is_an_input_error_that_names_it(run: Run, text: str) -> None:
     (run.path / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(InputError, match="config.json"):
+    with pytest.raises(InputError, match=r"config.json"):
         Run.open(run.path)
 
 
@@ -203,7 +210,9 @@ def test_any_damage_to_a_config_is_a_run_or_an_input_error(run: Run, data: st.Da
 
 def test_a_folder_without_a_config_is_no_run(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(InputError, match="is not a run directory \\(it has no config.json\\): give the --out of `nestling train`"):
+        with pytest.raises(
+            InputError, match=r"is not a run directory \(it has no config.json\): give the --out of `nestling train`"
+        ):
             Run.open(path)
 
 
@@ -221,7 +230,9 @@ def test_damaged_splits_are_an_input_error(run: Run, text: str | None) -> None:
 def test_data_that_changed_is_noticed_before_anything_is_computed(run: Run, save_images: Callable[..., Path]) -> None:
     for seed, count in ((1, 60), (0, 63)):
         save_images(Path(run.data["name"]), seed=seed, count=count)
-        with pytest.raises(InputError, match="changed since the run began .*: put the files back as they were, or start a new run"):
+        with pytest.raises(
+            InputError, match=r"changed since the run began .*: put the files back as they were, or start a new run"
+        ):
             resume(run.path)
     save_images(Path(run.data["name"]))
     assert resume(run.path).run.dataset
@@ -229,7 +240,7 @@ def test_data_that_changed_is_noticed_before_anything_is_computed(run: Run, save
 
 def test_data_that_is_gone_is_named(run: Run) -> None:
     Path(run.data["name"]).unlink()
-    with pytest.raises(InputError, match="there is no folder or file .*images.npz"):
+    with pytest.raises(InputError, match=r"there is no folder or file .*images.npz"):
         resume(run.path)
 
 
@@ -251,7 +262,7 @@ def test_the_supernet_is_that_of_the_newest_whole_checkpoint(run: Run) -> None:
 
 def test_a_run_without_a_whole_checkpoint_says_what_to_do(run: Run) -> None:
     for _ in range(2):
-        with pytest.raises(InputError, match="has no whole checkpoint yet: train it first \\(nestling train ... --resume\\)"):
+        with pytest.raises(InputError, match=r"has no whole checkpoint yet: train it first \(nestling train ... --resume\)"):
             run.supernet()
         with pytest.raises(InputError, match="has no whole checkpoint yet"):
             _ = Run.open(run.path).weights_hash
@@ -262,7 +273,9 @@ def test_a_run_without_a_whole_checkpoint_says_what_to_do(run: Run) -> None:
 
 def test_weights_of_another_space_are_refused(run: Run) -> None:
     saved(run, space="5ab84f65890c")
-    with pytest.raises(InputError, match=f"was written for the space 5ab84f65890c, this run has {run.space.key}: use the run's own"):
+    with pytest.raises(
+        InputError, match=f"was written for the space 5ab84f65890c, this run has {run.space.key}: use the run's own"
+    ):
         run.supernet()
     whole = checkpoint.load(run.checkpoints / "step-000000001")
     with pytest.raises(InputError, match="was written for the space"):
@@ -302,7 +315,8 @@ def test_bf16_of_a_recipe_gives_way_on_a_cpu_but_a_users_word_does_not(images: S
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"data": "nowhere"}, {"space": "digit"}, {"recipe": "digit"}, {"overrides": {"colour": 1}}, {"overrides": {"epochs": 0}}]
+    "wrong",
+    [{"data": "nowhere"}, {"space": "digit"}, {"recipe": "digit"}, {"overrides": {"colour": 1}}, {"overrides": {"epochs": 0}}],
 )
 def test_nothing_is_written_where_something_is_wrong(images: Source, tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError):

@@ -281,7 +281,7 @@ def test_a_space_takes_classes_and_channels_from_the_data() -> None:
 
 
 def test_an_unknown_space_is_named_with_the_nearest() -> None:
-    with pytest.raises(InputError, match="spaces are named .*attentivenas.*but got 'digit'. Did you mean 'digits'?"):
+    with pytest.raises(InputError, match=r"spaces are named .*attentivenas.*but got 'digit'. Did you mean 'digits'?"):
         load_space("digit")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -21,11 +22,14 @@ import yaml
 
 from supernet import checkpoint
 from supernet import train as training
-from supernet.data.sources import Source
+from supernet.data.batches import Augment, TrainingBatches
+from supernet.data.sources import Source, open_source
 from supernet.errors import InputError
+from supernet.model import Supernet
 from supernet.recipe import TrainConfig, load_recipe
 from supernet.run import Run
 from supernet.space import Space
+from supernet.step import StepConfig, train_step
 from supernet.train import Progress, train
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +52,12 @@ def learnt(run: Run) -> dict[str, bytes]:
     """Weights, optimizer state and log of a run, byte for byte."""
     newest = checkpoint.latest(run.checkpoints)
     assert newest is not None
-    files = [newest / "weights.safetensors", newest / "optimizer.safetensors", newest / "state.json", run.path / "metrics.jsonl"]
+    files = [
+        newest / "weights.safetensors",
+        newest / "optimizer.safetensors",
+        newest / "state.json",
+        run.path / "metrics.jsonl",
+    ]
     return {newest.name: b"", **{file.name: file.read_bytes() for file in files}}
 
 
@@ -66,10 +75,13 @@ def another(tmp_path: Path, tiny_space: Space, recipe: TrainConfig, images: Sour
     return another
 
 
-@pytest.fixture
-def whole(another: Callable[..., Run]) -> dict[str, bytes]:
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, tiny_space: Space, recipe: TrainConfig, save_images: Callable[..., Path]
+) -> dict[str, bytes]:
     """What an uninterrupted run learns."""
-    run = another("whole")
+    folder = tmp_path_factory.mktemp("whole")
+    run = Run.create(folder / "run", tiny_space, recipe, open_source(str(save_images(folder / "images.npz"))))
     train(run)
     return learnt(run)
 
@@ -82,6 +94,55 @@ def saving_always(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def saving_every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "SAVE_EPOCH_SECONDS", -1.0)
+
+
+# --- the rule ---
+
+
+def written_out(run: Run) -> dict[str, torch.Tensor]:
+    """The weights after the recipe of the digits, step by step, with nothing of the loop but its parts."""
+    recipe, space = run.recipe, run.space
+    batches = TrainingBatches(
+        run.source, run.dataset.splits.train, batch_size=9, resolution=8, augment=Augment(min_area=0.7, rotate_degrees=8), seed=0
+    )  # fmt: skip
+    supernet = Supernet(space, seed=0).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    small = [p for name, p in supernet.named_parameters() if name.endswith("bias") or ".norm." in name]
+    large = [p for name, p in supernet.named_parameters() if not (name.endswith("bias") or ".norm." in name)]
+    groups = [{"params": small, "weight_decay": 0.0}, {"params": large, "weight_decay": 5e-4}]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
+    for step, (pixels, labels) in enumerate(batches.batches(0, STEPS)):
+        rate = 0.1 * (step + 1) / 4 if step < 4 else 0.1 * (1 + math.cos(math.pi * (step - 4) / 3)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        rng = np.random.default_rng([0, step])
+        random_ones = [("random", space.sample(rng)) for _ in range(recipe.children - 2)]
+        images = ((pixels / 255 - run.dataset.mean[0]) / run.dataset.std[0]).contiguous(memory_format=torch.channels_last)
+        weight = min(1.0, max(0.0, (step / STEPS - 0.2) / 0.4))
+        config = StepConfig(soft_weight=weight, label_smoothing=0.1)
+        optimizer.zero_grad()
+        train_step(
+            supernet, [("largest", space.largest), ("smallest", space.smallest), *random_ones], images, labels, run.task, config
+        )  # fmt: skip
+        torch.nn.utils.clip_grad_norm_(supernet.parameters(), 0.5)
+        optimizer.step()
+    return supernet.state_dict()
+
+
+def test_training_is_the_recipe_step_by_step(another: Callable[..., Run]) -> None:
+    run = another("plain", dropout=0.0, drop_path=0.0, clip_norm=0.5)
+    train(run)
+    trained = run.supernet().state_dict()
+    for name, value in written_out(run).items():
+        torch.testing.assert_close(trained[name], value, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("change", [{"dropout": 0.0}, {"drop_path": 0.0}, {"seed": 1}, {"precision": "bf16"}], ids=str)
+def test_a_change_of_the_recipe_changes_what_is_learnt(
+    another: Callable[..., Run], whole: dict[str, bytes], change: dict[str, Any]
+) -> None:
+    run = another("changed", **change)
+    train(run)
+    assert learnt(run)["weights.safetensors"] != whole["weights.safetensors"]
 
 
 # --- interrupted and resumed ---
@@ -138,7 +199,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew_in_silence(ru
         train(run, progress=stop_after(5))
     for path in checkpoint.all_of(run.checkpoints):
         (path / "weights.safetensors").write_bytes(b"")
-    with pytest.raises(InputError, match="no checkpoint of .* is whole \\(weights.safetensors was changed since it was written\\): start"):
+    with pytest.raises(
+        InputError, match=r"no checkpoint of .* is whole \(weights.safetensors was changed since it was written\): start"
+    ):
         train(Run.open(run.path))
     assert len(checkpoint.all_of(run.checkpoints)) == 2
 
@@ -160,10 +223,9 @@ def test_a_finished_run_is_left_as_it_is(run: Run, whole: dict[str, bytes]) -> N
     assert learnt(run) == whole
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "nadam", "lion"])
 @pytest.mark.usefixtures("saving_always")
-def test_other_optimizers_resume_bit_equal_too(another: Callable[..., Run], optimizer: str) -> None:
-    changes = {"optimizer": optimizer, "learning_rate": 0.01, "channels_last": False, "schedule": "exponential"}
+def test_another_optimizer_resumes_bit_equal_too(another: Callable[..., Run]) -> None:
+    changes = {"optimizer": "adamw", "learning_rate": 0.01, "channels_last": False, "schedule": "exponential"}
     straight, broken = another("straight", **changes), another("broken", **changes)
     train(straight)
     with pytest.raises(Stopped):
@@ -189,12 +251,6 @@ def test_the_number_of_workers_changes_nothing(run: Run, whole: dict[str, bytes]
         train(run, workers=2, progress=stop_after(3))
     train(Run.open(run.path), workers=1)
     assert learnt(run) == whole
-
-
-def test_another_seed_learns_something_else(another: Callable[..., Run], whole: dict[str, bytes]) -> None:
-    run = another("seeded", seed=1)
-    train(run)
-    assert learnt(run)["weights.safetensors"] != whole["weights.safetensors"]
 
 
 # --- killed ---
@@ -285,7 +341,9 @@ def test_a_second_trainer_of_the_same_run_is_refused_and_the_first_goes_on(run: 
 @pytest.mark.usefixtures("saving_always")
 def test_a_loss_that_is_not_finite_ends_the_run_and_the_checkpoints_stay_good(another: Callable[..., Run]) -> None:
     run = another("diverging", learning_rate=1e25, clip_norm=None)
-    with pytest.raises(InputError, match="the loss is not finite at step \\d: lower learning_rate \\(now 1e\\+25\\) or set clip_norm"):
+    with pytest.raises(
+        InputError, match=r"the loss is not finite at step \d: lower learning_rate \(now 1e\+25\) or set clip_norm"
+    ):
         train(run)
     newest = checkpoint.latest(run.checkpoints)
     assert newest is not None
@@ -297,9 +355,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_checkpoints_stay_good(an
 
 @pytest.mark.usefixtures("saving_always")
 @pytest.mark.parametrize("step", [2, STEPS])
-def test_weights_that_are_not_finite_are_never_saved(
-    run: Run, step: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_are_not_finite_are_never_saved(run: Run, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also by the last step, after which no loss is computed any more."""
     make = training.make_optimizer
 
@@ -348,7 +404,9 @@ def test_a_full_disk_ends_the_run_and_it_goes_on_when_there_is_room(
     assert learnt(run) == whole
 
 
-def test_checkpoints_of_another_space_are_refused(run: Run, another: Callable[..., Run], tiny: dict[str, Any], images: Source) -> None:
+def test_checkpoints_of_another_space_are_refused(
+    run: Run, another: Callable[..., Run], tiny: dict[str, Any], images: Source
+) -> None:
     train(run)
     other = Run.create(run.path.parent / "other", Space.from_definition({**tiny, "resolution": [6, 7]}), run.recipe, images)
     shutil.copytree(run.checkpoints, other.checkpoints)
@@ -437,8 +495,6 @@ def test_training_never_reads_the_test_split(run: Run, monkeypatch: pytest.Monke
 
 
 def test_weight_decay_is_for_weights_and_not_for_biases_and_norms(tiny_space: Space) -> None:
-    from supernet.model import Supernet
-
     supernet = Supernet(tiny_space)
     optimizer = training.make_optimizer(supernet, load_recipe("digits"))
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
@@ -450,8 +506,6 @@ def test_weight_decay_is_for_weights_and_not_for_biases_and_norms(tiny_space: Sp
 
 def test_weights_that_no_child_used_are_not_moved(another: Callable[..., Run]) -> None:
     """Momentum and decay must not touch what had no gradient; here only the largest child ever learns."""
-    from supernet.model import Supernet
-
     run = another("alone", children=1)
     fresh = dict(Supernet(run.space, seed=run.recipe.seed).named_parameters())
     train(run)

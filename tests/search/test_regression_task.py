@@ -1,0 +1,175 @@
+"""The Task is a seam: a regression, with a float an image and a paired t-test, is trained, searched and stored by the same code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from deploy.ship import ship
+from search.found import Found
+from search.loop import SearchConfig, search
+from search.store import Store
+from supernet import durable
+from supernet.errors import InputError
+from supernet.run import Run
+from supernet.task import TASKS, Comparison, Estimate, Scores, Task
+from supernet.train import train
+
+SETTINGS = SearchConfig(coarse=4, fine=3, parents=2, batch=3, finalists=2, profile_children=8)
+
+
+class Regression:
+    """The label is a number; the first output should be it. An image's score is the squared error, negative."""
+
+    name = "regression"
+    metric = "negative_squared_error"
+
+    def label_loss(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+        return (outputs[:, 0].float() - targets).square().mean()
+
+    def soft_targets(self, outputs: Tensor) -> Tensor:
+        return outputs.detach()[:, 0].float()
+
+    def student_loss(self, outputs: Tensor, targets: Tensor, soft: Tensor, weight: float) -> Tensor:
+        return (outputs[:, 0].float() - (1 - weight) * targets - weight * soft).square().mean()
+
+    def scores(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return -(outputs[:, 0].double() - targets).square()
+
+    def pack(self, scores: Scores) -> bytes:
+        return scores.astype("<f8").tobytes()
+
+    def unpack(self, packed: bytes, images: int) -> Scores:
+        return np.frombuffer(packed, "<f8", count=images)
+
+    def estimate(self, scores: Scores) -> Estimate:
+        error = stats.sem(scores) * stats.t.ppf(0.975, len(scores) - 1)
+        mean = float(scores.mean())
+        return Estimate(mean, mean - float(error), mean + float(error), len(scores))
+
+    def compare(self, one: Scores, other: Scores) -> Comparison:
+        difference = one - other
+        if not difference.any():
+            return Comparison(0.0, 0.0, 0.0, 1.0)
+        found = stats.ttest_rel(one, other)
+        interval = found.confidence_interval()
+        return Comparison(float(difference.mean()), float(interval.low), float(interval.high), float(found.pvalue))
+
+
+@pytest.fixture(scope="module")
+def registered() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TASKS, "regression", Regression)
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_run: Run, registered: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The tiny run as a regression on the class numbers, trained anew."""
+    path = Path(shutil.copytree(tiny_run.path, tmp_path_factory.mktemp("regression") / "run"))
+    shutil.rmtree(path / "checkpoints")
+    config = json.loads((path / "config.json").read_text())
+    recipe = {**config["recipe"], "learning_rate": 0.05, "epochs": 4}
+    (path / "config.json").write_text(json.dumps({**config, "task": "regression", "recipe": recipe}))
+    run = Run.open(path)
+    train(run)
+    return run
+
+
+@pytest.fixture
+def own(trained: Run, tmp_path: Path) -> Run:
+    shutil.copytree(trained.path, tmp_path / "run")
+    return Run.open(tmp_path / "run")
+
+
+def test_the_task_has_all_that_a_task_must_bring() -> None:
+    task: Task = Regression()
+    scores = -np.random.default_rng(0).random(7)
+    assert np.array_equal(task.unpack(task.pack(scores), 7), scores)
+
+
+def test_training_logs_the_metric_of_the_task_and_learns(trained: Run) -> None:
+    lines = durable.read_lines(trained.path / "metrics.jsonl")
+    losses = [line["children"]["largest"]["loss"] for line in lines]
+    assert all(set(child) == {"loss", Regression.metric} for line in lines for child in line["children"].values())
+    assert np.mean(losses[-2:]) < losses[0]
+
+
+def test_evaluation_gives_a_float_an_image(trained: Run) -> None:
+    split = trained.dataset.split("search_val")
+    scores = trained.evaluator().evaluate(trained.space.largest, split)
+    assert scores.shape == (len(split),)
+    assert scores.dtype.kind == "f"
+    assert (scores <= 0).all() and len(np.unique(scores)) > 3
+
+
+@pytest.mark.parametrize("budgets", [["macs<=700K"], ["latency_ms<=0.02"]])
+def test_a_search_chooses_by_the_mean_score_and_keeps_every_float(
+    own: Run, fake_target: Any, probes: None, budgets: list[str]
+) -> None:  # fmt: skip
+    found = search(own, budgets, settings=SETTINGS, target=fake_target())
+    split = own.dataset.split("search_val")
+    with Store.existing(own.path / "search" / "search.sqlite") as store:
+        for row in store.rows():
+            scores = own.task.unpack(row.scores, row.images)
+            assert row.score == scores.mean() < 0
+            assert len(scores) == len(split)
+        confirmed = {row.key: own.task.unpack(row.scores, row.images) for row in store.confirmed()}
+        searched = {row.key: own.task.unpack(row.scores, row.images) for row in store.rows()}
+    pooled = {child.key: np.concatenate([searched[child.key], confirmed[child.key]]).mean() for child in found.finalists}
+    assert pooled[found.best.key] == max(pooled.values())
+    assert found.best.search_score == searched[found.best.key].mean()
+    assert Found.load(own) == found
+
+
+def test_children_are_compared_by_the_test_of_the_task(own: Run, fake_target: Any, probes: None) -> None:
+    found = search(own, ["macs<=700K"], settings=SETTINGS, target=fake_target())
+    with Store.existing(own.path / "search" / "search.sqlite") as store:
+        rows = {row.key: own.task.unpack(row.scores, row.images) for row in store.rows()}
+    p_value = float(stats.ttest_rel(rows[found.best.key], rows[found.largest.key]).pvalue)
+    assert any(f"p = {p_value:.3g}" in note and "largest child" in note for note in found.notes)
+
+
+def test_the_strategy_prefers_less_error(own: Run, fake_target: Any, probes: None) -> None:
+    found = search(own, [], settings=SETTINGS, target=fake_target())
+    with Store.existing(own.path / "search" / "search.sqlite") as store:
+        best = max(store.rows(), key=lambda row: row.score)
+    assert best.key in {child.key for child in found.finalists}
+    assert best.key in found.front
+
+
+def test_the_store_of_one_task_is_not_taken_for_that_of_another(own: Run, fake_target: Any, probes: None) -> None:
+    """Floats read as bits would be nonsense; a run's weights belong to one task, but nothing else says so."""
+    search(own, [], settings=SETTINGS, target=fake_target())
+    config = json.loads((own.path / "config.json").read_text())
+    (own.path / "config.json").write_text(json.dumps({**config, "task": "classification"}))
+    with pytest.raises(InputError, match="task is regression there"):
+        search(Run.open(own.path), [], settings=SETTINGS, target=fake_target())
+
+
+def test_a_bundle_of_what_is_no_classifier_is_refused(own: Run, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="bundles are of classifiers"):
+        ship(own, own.space.smallest, tmp_path / "bundle")
+    assert own.test_reads == 0
+
+
+def test_an_unknown_task_is_named(own: Run) -> None:
+    config = json.loads((own.path / "config.json").read_text())
+    (own.path / "config.json").write_text(json.dumps({**config, "task": "segmentation"}))
+    with pytest.raises(InputError, match="segmentation"):
+        Run.open(own.path)
+
+
+def test_gradients_of_the_students_lead_to_the_teacher() -> None:
+    task, outputs = Regression(), torch.tensor([[1.0, 9.0], [2.0, 9.0]], requires_grad=True)
+    task.student_loss(outputs, torch.tensor([0, 0]), torch.tensor([5.0, 5.0]), 1.0).backward()
+    assert outputs.grad is not None
+    assert (outputs.grad[:, 0] < 0).all() and (outputs.grad[:, 1] == 0).all()

@@ -23,6 +23,8 @@ from supernet import durable, preprocess
 from supernet.errors import InputError
 
 LONGEST_NAME = 100
+IMPORTABLE = {".py", ".pyc", ".pyd", ".so", ".pth"}
+"""What Python may run when it lies beside `predict.py`, as a folder may; other files that people add do no harm."""
 SCRIPTS = {"predict.py": Path(predict.__file__), "preprocess.py": Path(preprocess.__file__)}
 
 
@@ -53,7 +55,8 @@ class Bundle:
                 raise InputError(
                     f"{folder}: {name!r} was changed since it was exported: copy it again, or export the child again"
                 )
-        others = sorted({entry.name for entry in folder.iterdir()} - {"manifest.json", *manifest["files"]})
+        strange = [entry for entry in folder.iterdir() if entry.name not in {"manifest.json", *manifest["files"]}]
+        others = sorted(entry.name for entry in strange if entry.is_dir() or entry.suffix in IMPORTABLE)
         if others:
             raise InputError(
                 f"{folder}: {others[0]!r} was not exported with the bundle, and Python may run what lies beside predict.py: remove it"

@@ -101,14 +101,19 @@ def test_two_files_exchanged_are_noticed(bundle_copy: Path) -> None:
         Bundle.open(bundle_copy)
 
 
-@pytest.mark.parametrize("name", ["numpy.py", "PIL", "onnxruntime", "__pycache__", ".hidden", "sitecustomize.py"])
+@pytest.mark.parametrize("name", ["numpy.py", "PIL/", "onnxruntime/", "__pycache__/", "numpy.so", "sitecustomize.py"])
 def test_a_file_that_was_not_exported_is_refused_for_python_would_run_it(bundle_copy: Path, name: str) -> None:
-    if name.endswith(".py"):
-        (bundle_copy / name).write_text("raise SystemExit('planted')")
-    else:
+    if name.endswith("/"):
         (bundle_copy / name).mkdir()
+    else:
+        (bundle_copy / name).write_text("raise SystemExit('planted')")
     with pytest.raises(InputError, match="was not exported with the bundle"):
         Bundle.open(bundle_copy)
+
+
+def test_a_note_that_somebody_put_beside_the_model_does_no_harm(bundle_copy: Path) -> None:
+    (bundle_copy / "notes.txt").write_text("ours since May")
+    assert Bundle.open(bundle_copy).classes
 
 
 @pytest.mark.parametrize(

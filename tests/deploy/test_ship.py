@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -146,6 +147,23 @@ def test_a_full_disk_is_named_and_the_old_bundle_stays(
         ship(searched_copy, best, bundle_copy, split="confirm")
     assert listing(bundle_copy) == before
     assert sorted(path.name for path in bundle_copy.parent.iterdir()) == ["bundle", "searched"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_place_that_cannot_be_written_is_named_and_the_old_bundle_stays(
+    quick: None, searched_copy: Run, best: Arch, bundle_copy: Path, tmp_path: Path
+) -> None:
+    sealed = tmp_path / "sealed"
+    sealed.mkdir()
+    shutil.move(bundle_copy, sealed / "bundle")
+    before = listing(sealed)
+    sealed.chmod(0o500)
+    try:
+        with pytest.raises(OSError, match="sealed"):
+            ship(searched_copy, best, sealed / "bundle", split="confirm")
+        assert listing(sealed) == before
+    finally:
+        sealed.chmod(0o700)
 
 
 def test_a_new_export_replaces_the_old_one(quick: None, searched_copy: Run, best: Arch, bundle_copy: Path) -> None:

@@ -6,7 +6,6 @@ Axes: N images, H height, W width, C channels (1 grey, 3 red green blue).
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -18,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # never EPS: Pillow would run Ghostscript on it
 MAX_PIXELS = 64_000_000
+LARGEST, SMALLEST_STD = 1e6, 1e-6  # of mean and std: beyond them fp32 overflows
 MODES = {1: "L", 3: "RGB"}  # number of channels -> Pillow's mode
 ORIENTATION_TAG = 0x0112
 UPRIGHT = {  # EXIF 2.32, table 5: what the camera did -> what undoes it
@@ -105,11 +105,11 @@ class Preprocessing:
         for name in ("mean", "std"):
             values: object = getattr(self, name)
             if not isinstance(values, tuple) or len(values) not in MODES or not all(map(_is_number, values)):
-                raise ValueError(f"{name} is a tuple of 1 or 3 finite numbers, not {values!r}")
+                raise ValueError(f"{name} is a tuple of 1 or 3 finite numbers of ordinary size, not {str(values)[:200]}")
         if len(self.mean) != len(self.std):
             raise ValueError(f"mean has {len(self.mean)} numbers and std {len(self.std)}: give one of each per channel")
-        if min(self.std) <= 0:
-            raise ValueError(f"std is above 0, not {self.std!r}")
+        if min(self.std) < SMALLEST_STD:
+            raise ValueError(f"std is at least {SMALLEST_STD}, not {self.std!r}")
 
     @property
     def channels(self) -> int:
@@ -197,4 +197,5 @@ def _is_whole(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that fp32 can work with; infinities and NaN are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST

@@ -108,7 +108,10 @@ class Run:
             value = json.loads(file.read_text())
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{file} is damaged ({error}): restore it, or start a new run") from error
-        splits = Splits.from_json_dict(value, self.source)
+        try:
+            splits = Splits.from_json_dict(value, self.source)
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from error
         return Dataset(self.source, splits, tuple(self.data["mean"]), tuple(self.data["std"]), self.recipe.crop)
 
     @property

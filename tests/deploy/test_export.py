@@ -89,6 +89,7 @@ def test_nothing_in_the_file_names_the_machine_that_made_it(model: onnx.ModelPro
     assert model.producer_name == "nestling"
 
 
+@pytest.mark.slow
 def test_exporting_prints_nothing_changes_nothing_and_gives_the_same_bytes_again(
     network: nn.Module, model: onnx.ModelProto, capfd: pytest.CaptureFixture[str]
 ) -> None:

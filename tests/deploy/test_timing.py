@@ -69,7 +69,7 @@ def test_the_interval_holds_the_median_with_95_percent_and_no_narrower_one_does(
 @pytest.mark.parametrize("count", [15, 40])
 @pytest.mark.parametrize("shape", ["normal", "lognormal", "spikes", "two speeds"])
 def test_the_interval_holds_the_median_in_95_percent_of_simulations(count: int, shape: str) -> None:
-    rng, trials = np.random.default_rng([count, len(shape)]), 4000
+    rng, trials = np.random.default_rng([count, len(shape)]), 2000
     normal = rng.standard_normal((trials, count))
     samples, median = {
         "normal": (10 + normal, 10.0),

@@ -56,13 +56,18 @@ CHANGES: dict[str, Change] = {
 }  # fmt: skip
 
 
+FAST = ("one weight of the stem", "classes in another order", "no number any more")
+
+
 @pytest.fixture(scope="module")
 def exported(tiny_bundle: Bundle) -> onnx.ModelProto:
     """The chosen child as it was exported."""
     return onnx.load_model_from_string((tiny_bundle.path / "model.onnx").read_bytes())
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "change", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in CHANGES if name not in FAST)]
+)
 def test_an_export_that_computes_otherwise_is_not_shipped(
     searched_copy: Run, exported: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
@@ -196,7 +201,9 @@ def change_manifest(folder: Path, **changes: Any) -> None:
     write_manifest(folder, {**value, **changes})
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "change", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in CHANGES if name not in FAST)]
+)
 def test_a_model_changed_after_export_fails_against_its_run(searched_copy: Run, bundle_copy: Path, change: str) -> None:
     model = onnx.load_model_from_string((bundle_copy / "model.onnx").read_bytes())
     CHANGES[change](model)

@@ -131,8 +131,8 @@ def test_one_impossible_budget_of_several_is_enough() -> None:
         refuse_impossible(SPACE, [Budget("macs", 1e9), Budget("params", 1)], None)
 
 
-@pytest.mark.parametrize("metric", CLOSED)
-def test_no_arch_is_cheaper_than_the_smallest(metric: str, small_space: Callable[..., Space]) -> None:
+def test_no_arch_is_cheaper_than_the_smallest(small_space: Callable[..., Space]) -> None:
     for space in (SPACE, load_space("attentivenas"), small_space(width=[8, 16], depth=[1, 2], kernel_size=[3, 5])):
         costs = Costs(space).all(space.sample_codes(3000, np.random.default_rng(1)))
-        assert costs[metric].min() >= arch_costs(space, space.smallest)[metric]
+        for metric in CLOSED:
+            assert costs[metric].min() >= arch_costs(space, space.smallest)[metric]

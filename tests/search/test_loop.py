@@ -315,7 +315,7 @@ def test_a_search_never_reads_the_test_images(
 
 
 @pytest.mark.parametrize("changes", [{}, {"resolution": [12, 16]}, {"width": [8, 16], "depth": [1, 2]}])
-@pytest.mark.parametrize("budgets", [[], ["macs<=1G"], ["latency_ms<=9"], ["latency_ms<=9", "macs<=1G"]])
+@pytest.mark.parametrize("budgets", [["macs<=1G"], ["latency_ms<=9", "macs<=1G"]])
 def test_spaces_of_few_archs_are_searched_whole(
     few_archs: Callable[..., Run], fake_target: Any, judge: Any, changes: dict[str, Any], budgets: list[str]
 ) -> None:

@@ -57,6 +57,7 @@ def train(
     where, path = devices.choose(device), Path(out)
     if resume and (path / "config.json").exists():
         begun = starting.resume(path)
+        starting.refuse_other(begun.run, str(data), space=space, recipe=recipe, epochs=epochs, overrides=overrides)
     else:
         begun = starting.start(str(data), path, space=space, recipe=recipe, epochs=epochs, overrides=overrides,
                                root=Path(data_root) if data_root else None, download=download, device=where)  # fmt: skip
@@ -79,7 +80,7 @@ def open_bundle(path: str | Path) -> Bundle:
 
 
 def search(
-    run: Run, budgets: Sequence[str] = (), *, threads: int = 1, device: str = "auto", settings: str = "default"
+    run: Run, budgets: str | Sequence[str] = (), *, threads: int = 1, device: str = "auto", settings: str = "default"
 ) -> Found:
     """The best child of a run that meets every budget by measurement on this machine. Raises `supernet.InputError`."""
     from deploy.targets import Local
@@ -87,9 +88,8 @@ def search(
     from search.loop import search as search_loop
     from supernet import device as devices
 
-    return search_loop(
-        run, budgets, settings=load_search_config(settings), target=Local(threads), device=devices.choose(device)
-    )
+    texts = [budgets] if isinstance(budgets, str) else budgets
+    return search_loop(run, texts, settings=load_search_config(settings), target=Local(threads), device=devices.choose(device))
 
 
 def export(child: Child, out: str | Path, *, split: str = "test") -> Bundle:
@@ -102,7 +102,7 @@ def export(child: Child, out: str | Path, *, split: str = "test") -> Bundle:
 
 
 def run(
-    data: str | Path, *, out: str | Path, budgets: Sequence[str] = (), space: str | None = None, recipe: str | None = None,
+    data: str | Path, *, out: str | Path, budgets: str | Sequence[str] = (), space: str | None = None, recipe: str | None = None,
     epochs: int | None = None, overrides: Mapping[str, Any] | None = None, data_root: str | Path | None = None, download: bool = False,
     device: str = "auto", workers: int = 0, threads: int = 1, settings: str = "default",
 ) -> dict[str, Any]:  # fmt: skip
@@ -112,9 +112,9 @@ def run(
     """
     from search.whole import Whole, walk
 
-    root = Path(data_root) if data_root else None
+    root, texts = Path(data_root) if data_root else None, (budgets,) if isinstance(budgets, str) else tuple(budgets)
     way = Whole(
-        str(data), Path(out), tuple(budgets), space, recipe, epochs, overrides, root, download, device, workers, threads, settings
+        str(data), Path(out), texts, space, recipe, epochs, overrides, root, download, device, workers, threads, settings
     )  # fmt: skip
     return walk(way)
 
@@ -130,12 +130,12 @@ def _whole_way(way: Whole, as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    rows = []
+    rows, metric = [], result["metric"]
     for name in ("chosen", "smallest", "largest"):
         child = result[name]
         predicted = child["predicted_latency_ms"]
         rows.append({
-            "child": name, "top1 (test)": f"{child['top1']:.2%} ({child['top1_low']:.2%} to {child['top1_high']:.2%})",
+            "child": name, f"{metric} (test)": f"{child[metric]:.2%} ({child[f'{metric}_low']:.2%} to {child[f'{metric}_high']:.2%})",
             "macs": child["macs"], "params": child["params"], "predicted ms": f"{predicted:.4g}" if predicted is not None else "-",
             "measured latency_ms": f"{child['latency_ms']:.4g} ({child['latency_ms_low']:.4g} to {child['latency_ms_high']:.4g})",
         })  # fmt: skip
@@ -173,9 +173,9 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """The whole way on handwritten digits, in a few minutes on a CPU; nothing is downloaded."""
-    from search.whole import MIDDLE, Whole
+    from search.whole import Whole
 
-    _whole_way(Whole("digits", out, tuple(budget or (MIDDLE,)), epochs=epochs, device=device), as_json)
+    _whole_way(Whole("digits", out, tuple(budget or ()), epochs=epochs, device=device, middle=not budget), as_json)
 
 
 @app.callback(invoke_without_command=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import onnx
 from deploy import verify
 from deploy.bundle import Bundle
 from deploy.predict import check
+from supernet.costs import arch_costs
 from supernet.errors import InputError
 from supernet.run import Run
 
@@ -34,7 +36,12 @@ def verify_again(path: Path, run: Path | None, images: Path | None) -> dict[str,
             raise verify.VerificationError(
                 f"{len(differ)} of {count} images are predicted otherwise than at export, first {differ[0]}"
             )
-        result |= {"images": count, str(bundle.fact("accuracy", "metric")): right / count if count else None}
+        metric = str(bundle.fact("accuracy", "metric"))
+        if (count, right / max(1, count)) != (bundle.fact("accuracy", "images"), bundle.fact("accuracy", metric)):
+            raise verify.VerificationError(
+                f"{metric} is {right} of {count} images, but the manifest says {bundle.fact('accuracy')}"
+            )
+        result |= {"images": count, metric: right / max(1, count)}
     return result
 
 
@@ -56,8 +63,16 @@ def _against_run(bundle: Bundle, run: Run) -> dict[str, Any]:
     if not isinstance(choices, Mapping):
         raise InputError(f"{bundle.path}: the arch in the manifest is damaged: export the child again")
     arch = run.space.arch(choices, str(bundle.path))
-    child_images, child_difference = verify.child_equals_extracted(evaluator, arch)
     confirm = run.dataset.split("confirm")
+    expected = {
+        "key": arch.key,
+        **arch_costs(run.space, arch),
+        "preprocessing": confirm.preprocessing(run.space.resolution(arch)).as_dict(),
+    }
+    wrong = [name for name, value in expected.items() if bundle.fact(name) != json.loads(json.dumps(value))]
+    if wrong:
+        raise verify.VerificationError(f"the manifest of {bundle.path} says another {wrong[0]} than {run.path} has")
+    child_images, child_difference = verify.child_equals_extracted(evaluator, arch)
     found, difference, largest, agreement = verify.onnx_equals_torch(
         bundle.predictor, evaluator.calibrated(arch), run.space.resolution(arch), confirm, run.path / "images"
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +25,14 @@ from supernet import durable, preprocess
 from supernet.errors import InputError
 
 LONGEST_NAME = 100
+STALE_SECONDS = 3600.0
+"""A draft that nobody wrote to for so long belongs to an export that died."""
 IMPORTABLE = {".py", ".pyc", ".pyd", ".so", ".pth"}
 """What Python may run when it lies beside `predict.py`, as a folder may; other files that people add do no harm."""
 SCRIPTS = {"predict.py": Path(predict.__file__), "preprocess.py": Path(preprocess.__file__)}
+
+Picture = str | os.PathLike[str] | Image.Image
+"""An image file or an image in memory."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +90,13 @@ class Bundle:
         except ValueError as error:
             raise InputError(str(error)) from error
 
-    def predict(self, images: Iterable[str | os.PathLike[str] | Image.Image]) -> NDArray[np.float32]:
+    def predict(self, images: Picture | Iterable[Picture]) -> NDArray[np.float32]:
         """Probabilities, shape (images, classes), of image files or images. Raises `InputError` for a file that cannot be read."""
+        given = [images] if isinstance(images, str | os.PathLike | Image.Image) else list(images)
+        if not all(isinstance(image, str | os.PathLike | Image.Image) for image in given):
+            raise InputError("images are paths or Pillow images: turn an array into one with PIL.Image.fromarray")
         try:
-            return self.predictor.predict(images)
+            return self.predictor.predict(given)
         except ValueError as error:
             raise InputError(str(error)) from error
 
@@ -122,6 +132,7 @@ def being_written(out: Path) -> Iterator[Path]:
     """
     refuse_foreign(out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(out)
     draft = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         yield draft
@@ -132,6 +143,17 @@ def being_written(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+
+
+def _sweep(out: Path) -> None:
+    """Clear what killed exports left: drafts older than `STALE_SECONDS` go, and a bundle set aside without a successor comes back."""
+    for path in sorted(out.parent.glob(f".{glob.escape(out.name)}.*")):
+        if not path.is_dir() or path.is_symlink() or time.time() - path.stat().st_mtime < STALE_SECONDS:
+            continue
+        if path.suffix == ".old" and not out.exists():
+            path.replace(out)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _put(draft: Path, out: Path) -> None:

@@ -103,7 +103,10 @@ def best_of(run: Run) -> tuple[Arch, list[Mapping[str, Any]]]:
     if not path.is_file():
         raise InputError(f"{run.path} was not searched yet: run `nestling search {run.path}` first, or give --arch")
     try:
-        best = json.loads(path.read_text())["best"]
+        value = json.loads(path.read_text())
+        best, weights = value["best"], value["weights_sha256"]
+        if weights != run.weights_hash:
+            raise InputError(f"{path} is of other weights than {run.path} has now: search again")
         latency = best["latency"]
         return run.space.arch(best["arch"], str(path)), [] if latency is None else [Latency.from_dict(latency).as_dict()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

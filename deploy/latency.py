@@ -112,7 +112,7 @@ def profile(
     codes = _spread(space, costs, children, np.random.default_rng([seed, 6]))
     archs = space.decode(codes)
     if progress:
-        progress(f"timing {len(archs)} children")
+        progress(f"timing {len(archs)} children on {target.name}")
     models = [Model(probe(space, arch), space.family.in_channels, space.resolution(arch)) for arch in archs]
     timings = target.measure(models)
     features, times = costs.features(codes), np.array([timing.median_ms for timing in timings])
@@ -129,7 +129,7 @@ def profile(
         ),
         smallest_ms=timings[0].high_ms,
         largest_ms=timings[min(1, len(timings) - 1)].high_ms,  # in a space of one arch it is the smallest
-        upper_factor=float(max(1.0, np.quantile(ratios, 0.95, method="higher"))),
+        upper_factor=float(max(1.0, np.quantile(ratios, UPPER, method="higher"))),
     )
 
 

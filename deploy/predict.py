@@ -171,8 +171,13 @@ def main(arguments: list[str] | None = None) -> int:
         report(predictor, given.images, given.top, given.json)
         if given.check:
             images, right, differ = check(predictor, Path(given.check))
-            print(json.dumps({"images": images, "top1": right / images if images else None, "differ": differ}))
-            return 1 if differ else 0
+            counted = predictor.manifest.get("accuracy", {})
+            same = not differ and (images, right / max(1, images)) == (
+                counted.get("images"),
+                counted.get(counted.get("metric")),
+            )
+            print(json.dumps({"images": images, "top1": right / max(1, images), "differ": differ, "same_as_manifest": same}))
+            return 0 if same else 1
     except ValueError as error:
         print(printable(str(error)), file=sys.stderr)
         return 2

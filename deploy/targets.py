@@ -16,6 +16,8 @@ from deploy.runtimes.onnxruntime import OnnxRuntime
 from deploy.timing import Clock, Timing, time_interleaved
 from supernet.run import environment
 
+CLOCKS: dict[Clock, str] = {"cpu": "CPU time of the one thread", "wall": "wall time"}
+"""What a latency is, in words: it goes where the latency goes."""
 AT_ONCE = 24
 """Models loaded and timed together; more are timed in groups."""
 
@@ -87,11 +89,15 @@ class Local:
         """`local`, with the number of threads."""
         return f"local:threads={self.threads}"
 
+    @property
+    def _clock(self) -> Clock:
+        return "cpu" if self.threads == 1 else "wall"
+
     def fingerprint(self) -> dict[str, Any]:
         """Processor, cores, runtime, threads and a short hash of them."""
         here = environment()
         facts = {"processor": here["processor"], "cores": here["cores"], "runtime": self.runtime.name, "threads": self.threads,
-                 "precision": "fp32", "batch": 1}  # fmt: skip
+                 "clock": CLOCKS[self._clock], "precision": "fp32", "batch": 1}  # fmt: skip
         return {**facts, "hash": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]}
 
     def measure(self, models: Sequence[Model], *, precision: float = 0.02, most_seconds: float = 20.0) -> list[Timing]:
@@ -101,8 +107,7 @@ class Local:
         for start in range(0, len(models), AT_ONCE):
             group = [int(position) for position in order[start : start + AT_ONCE]]
             calls = [self._call(models[position]) for position in group]
-            clock: Clock = "cpu" if self.threads == 1 else "wall"
-            timings = time_interleaved(calls, clock=clock, precision=precision, most_seconds=most_seconds)
+            timings = time_interleaved(calls, clock=self._clock, precision=precision, most_seconds=most_seconds)
             found.update(zip(group, timings, strict=True))
         return [found[position] for position in range(len(models))]
 

@@ -59,13 +59,15 @@ class Found:
     """Keys of the evaluated children that no other beats in both score and main cost."""
     evaluated: int
     notes: tuple[str, ...]
+    weights_sha256: str
+    """The weights that were searched; other weights make other scores."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "format": FORMAT, "budgets": list(self.budgets), "best": self.best.as_dict(), "smallest": self.smallest.as_dict(),
             "largest": self.largest.as_dict(), "finalists": [child.as_dict() for child in self.finalists], "front": list(self.front),
-            "evaluated": self.evaluated, "notes": list(self.notes),
+            "evaluated": self.evaluated, "notes": list(self.notes), "weights_sha256": self.weights_sha256,
         }  # fmt: skip
 
     def save(self) -> Path:
@@ -84,11 +86,13 @@ class Found:
             value = json.loads(path.read_text())
             if value["format"] != FORMAT:
                 raise InputError(f"{path} has format {value['format']!r}, this version reads {FORMAT}: search again")
+            if value["weights_sha256"] != run.weights_hash:
+                raise InputError(f"{path} is of other weights than {run.path} has now: search again")
             child = {name: _child(run, value[name]) for name in ("best", "smallest", "largest")}
             return cls(
                 run.path, _texts(value["budgets"]), child["best"], child["smallest"], child["largest"],
                 tuple(_child(run, entry) for entry in value["finalists"]), _texts(value["front"]), int(value["evaluated"]),
-                _texts(value["notes"]),
+                _texts(value["notes"]), str(value["weights_sha256"]),
             )  # fmt: skip
         except InputError:
             raise

@@ -98,6 +98,10 @@ class _Search:
         return self.run.space
 
     def go(self) -> Found:
+        if not self.run.finished:
+            raise InputError(
+                f"{self.run.path} is not trained to its end: finish it with `nestling train --out {self.run.path} --resume`"
+            )
         refuse_impossible(self.space, self.budgets, None)
         (self.run.path / "search").mkdir(exist_ok=True)
         feasible = Feasible(self.space, Costs(self.space), self.budgets, self._latency_model())
@@ -115,13 +119,7 @@ class _Search:
             return None
         self.progress(Event("timing the smallest child", 0, 0))
         refuse_impossible(self.space, self.budgets, smallest_latency_ms(self.space, self.target))
-        path = latency_file(self.run, self.target.fingerprint())
-        if path.exists():
-            return LatencyModel.load(path, self.space, self.target)
-        self.progress(Event(f"timing {self.settings.profile_children} children on {self.target.name}", 0, 0))
-        model = profile(self.space, self.target, children=self.settings.profile_children, seed=self.settings.seed)
-        model.save(path)
-        return model
+        return latency_model(self.run, self.target, self.settings, lambda doing: self.progress(Event(doing, 0, 0)))
 
     def _evaluate(self, evaluator: Evaluator, store: Store, feasible: Feasible) -> None:
         """Drive the strategy; children that the store knows are not evaluated again."""
@@ -194,22 +192,24 @@ class _Search:
             children[arch] = Child(self.run.path, arch, dict(rows[arch].costs), rows[arch].score, float(confirmed[arch.key].mean()),
                                    predicted, measured[arch.key])  # fmt: skip
         self._remark(
-            task.compare(searched[best], searched[ends[1]]).p_value if best != ends[1] else None, "largest child of the space"
+            task.compare(confirmed[best.key], confirmed[ends[1].key]).p_value if best != ends[1] else None,
+            "largest child of the space",
         )
         others = [arch for arch in accepted if arch != best]
         if others:
             second = min(others, key=lambda arch: (-final[arch], main[arch]))
-            self._remark(task.compare(searched[best], searched[second]).p_value, "second finalist")
+            self._remark(task.compare(confirmed[best.key], confirmed[second.key]).p_value, "second finalist")
         front = pareto.front([rows[arch].score for arch in archs], [[main[arch]] for arch in archs])
         return Found(
             self.run.path, tuple(str(budget) for budget in self.budgets), children[best], children[ends[0]], children[ends[1]],
             tuple(children[arch] for arch in accepted), tuple(archs[position].key for position in front), len(rows), tuple(self.notes),
+            self.run.weights_hash,
         )  # fmt: skip
 
     def _remark(self, p_value: float | None, other: str) -> None:
         if p_value is not None:
             verdict = "no significant difference" if p_value >= 0.05 else "a significant difference"
-            self.notes.append(f"chosen child and {other}: {verdict} on the search-val images (p = {p_value:.3g})")
+            self.notes.append(f"chosen child and {other}: {verdict} on the confirm images (p = {p_value:.3g})")
 
 
 def identity(run: Run) -> dict[str, str]:
@@ -222,6 +222,17 @@ def identity(run: Run) -> dict[str, str]:
         "evaluation": json.dumps({"calibration_images": run.recipe.calibration_images, "crop": run.recipe.crop,
                                   "images": len(run.dataset.splits.search_val)}),
     }  # fmt: skip
+
+
+def latency_model(run: Run, target: Target, settings: SearchConfig, progress: Callable[[str], None]) -> LatencyModel:
+    """The latency model of the run's space on a target, measured where the run does not have it yet."""
+    path = latency_file(run, target.fingerprint())
+    if path.exists():
+        return LatencyModel.load(path, run.space, target)
+    path.parent.mkdir(exist_ok=True)
+    model = profile(run.space, target, children=settings.profile_children, seed=settings.seed, progress=progress)
+    model.save(path)
+    return model
 
 
 def latency_file(run: Run, fingerprint: Mapping[str, Any]) -> Path:

@@ -276,8 +276,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 def _damaged(path: Path, reason: str) -> InputError:
     return InputError(
-        f"{path}: is not a search file or is damaged ({reason}): restore a copy, or move it away and "
-        "search again into a new file"
+        f"{path}: is not a search file or is damaged ({reason}): restore a copy, or move it away and search again"
     )
 
 
@@ -326,7 +325,7 @@ def _read_meta(path: Path, connection: sqlite3.Connection) -> dict[str, str]:
     if meta.get("format") != str(FORMAT):
         raise InputError(
             f"{path}: has format {meta.get('format')}, this version reads format {FORMAT}: "
-            "use the version that wrote it, or search again into a new file"
+            "use the version that wrote it, or search again with that file moved away"
         )
     try:
         return {str(name): str(value) for name, value in json.loads(meta["identity"]).items()}
@@ -341,4 +340,6 @@ def _check_identity(path: Path, found: Mapping[str, str], asked: Mapping[str, st
         what = "; ".join(
             f"{name} is {found.get(name, 'not set')} there and {asked.get(name, 'not set')} here" for name in differ
         )
-        raise InputError(f"{path}: belongs to another search ({what}): search with what it was made for, or into a new file")
+        raise InputError(
+            f"{path}: belongs to another search ({what}): search with what it was made for, or with that file moved away"
+        )

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from deploy.bundle import Bundle
-from deploy.latency import LatencyModel, profile
 from deploy.ship import ship, shipped_already
 from deploy.targets import Local
 from search.budget import parse_all
 from search.commands import search_shown
 from search.feasible import refuse_impossible
 from search.found import Child, Found
-from search.loop import latency_file, load_search_config, smallest_latency_ms
+from search.loop import SearchConfig, latency_model, load_search_config, smallest_latency_ms
 from search.report.content import report_of
 from supernet import device as devices
 from supernet import durable
@@ -27,10 +26,8 @@ from supernet.commands import train_shown
 from supernet.console import Display
 from supernet.errors import InputError
 from supernet.run import Run
+from supernet.space import Space
 from supernet.task import Estimate
-
-MIDDLE = "middle"
-"""A budget that is not a number: the middle between the measured latencies of the smallest and the largest child."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,6 @@ class Whole:
     data: str
     out: Path
     budgets: tuple[str, ...]
-    """Budgets, or (`MIDDLE`,)."""
     space: str | None = None
     recipe: str | None = None
     epochs: int | None = None
@@ -51,6 +47,8 @@ class Whole:
     workers: int = 0
     threads: int = 1
     search: str = "default"
+    middle: bool = False
+    """The budget is the middle between the measured latencies of the smallest and the largest child."""
 
 
 def walk(way: Whole, display: Display | None = None) -> dict[str, Any]:
@@ -62,18 +60,16 @@ class _Way:
     """The whole way, stage by stage. Every stage leaves its files in the run and is not done again."""
 
     def __init__(self, way: Whole, device: str, display: Display) -> None:
-
         self.way, self.device, self.display, self.target = way, device, display, Local(way.threads)
         self.seconds: dict[str, float] = {}
 
     def go(self) -> dict[str, Any]:
-
         settings = load_search_config(self.way.search)
+        parse_all(list(self.way.budgets))  # one that cannot be read is an error before anything is trained
         self.seconds = _seconds_before(self.way.out)
-        self._check_budgets()
         with self._timed("train"):
             run = self._trained()
-        budgets = self._budgets(run)
+        budgets = self._budgets(run, settings)
         with self._timed("search"):
             found = search_shown(run, budgets, settings, self.way.threads, self.device, self.display)
         with self._timed("export"):
@@ -87,11 +83,6 @@ class _Way:
         durable.write_json(run.path / "result.json", {**result, "seconds": self.seconds})
         return {**result, "seconds": self.seconds}
 
-    def _check_budgets(self) -> None:
-        """A budget that cannot be read is an error before anything is trained."""
-        if self.way.budgets != (MIDDLE,):
-            parse_all(list(self.way.budgets))
-
     def _trained(self) -> Run:
         way = self.way
         if (way.out / "config.json").exists():
@@ -103,30 +94,26 @@ class _Way:
         else:
             begun = starting.start(
                 way.data, way.out, space=way.space, recipe=way.recipe, epochs=way.epochs, overrides=way.overrides, root=way.data_root,
-                download=way.download, device=self.device,
+                download=way.download, device=self.device, check=self._refuse_impossible,
             )  # fmt: skip
             _remember(begun.run, [way.data, way.space, way.recipe, way.epochs, dict(way.overrides or {})])
         for reason in begun.reasons:
             self.display.say(reason)
-        if way.budgets != (MIDDLE,):  # impossible ones end here, before hours of training
-            latency = (
-                smallest_latency_ms(begun.run.space, self.target) if any("latency" in text for text in way.budgets) else None
-            )
-            refuse_impossible(begun.run.space, parse_all(list(way.budgets)), latency)
+        self._refuse_impossible(begun.run.space)
         train_shown(begun.run, self.device, way.workers, self.display)
         return begun.run
 
-    def _budgets(self, run: Run) -> list[str]:
-        if self.way.budgets != (MIDDLE,):
+    def _refuse_impossible(self, space: Space) -> None:
+        """Budgets that no child can meet end here, before hours of training."""
+        budgets = parse_all(list(self.way.budgets))
+        timed = any(budget.metric == "latency_ms" for budget in budgets)
+        refuse_impossible(space, budgets, smallest_latency_ms(space, self.target) if timed else None)
+
+    def _budgets(self, run: Run, settings: SearchConfig) -> list[str]:
+        if not self.way.middle:
             return list(self.way.budgets)
-        path = latency_file(run, self.target.fingerprint())
-        with self.display.stage("profile"), self._timed("profile"):
-            if path.exists():
-                model = LatencyModel.load(path, run.space, self.target)
-            else:
-                model = profile(run.space, self.target)
-                path.parent.mkdir(exist_ok=True)
-                model.save(path)
+        with self.display.stage("profile") as stage, self._timed("profile"):
+            model = latency_model(run, self.target, settings, lambda doing: stage.update(0, None, doing))
         middle = (model.smallest_ms + model.largest_ms) / 2
         self.display.say(
             f"latency of the space here: {model.smallest_ms:.4g} to {model.largest_ms:.4g} ms; budget: {middle:.4g} ms, the middle"
@@ -157,9 +144,17 @@ class _Way:
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
+        """Add what a stage takes to the run's `seconds.json`, so that a continued run tells the time of all calls.
+
+        What a call spent in the stage in which it was killed is not known.
+        """
         start = time.monotonic()
-        yield
-        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.monotonic() - start, 2)
+        try:
+            yield
+        finally:
+            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.monotonic() - start, 2)
+            if (self.way.out / "config.json").exists():
+                durable.write_json(self.way.out / "seconds.json", self.seconds)
 
 
 def _tested_before(run: Run, found: Found) -> dict[str, Estimate] | None:
@@ -183,13 +178,11 @@ def _tested_before(run: Run, found: Found) -> dict[str, Estimate] | None:
 
 
 def _seconds_before(out: Path) -> dict[str, float]:
-    """What earlier calls of the same run spent, so that a continued run tells the whole time."""
+    """What earlier calls of the same run spent, by stage."""
     try:
-        return {
-            str(stage): float(seconds) for stage, seconds in json.loads((out / "result.json").read_text())["seconds"].items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+        return {str(stage): float(seconds) for stage, seconds in json.loads((out / "seconds.json").read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}  # it is only told, nothing depends on it
 
 
 def _three(found: Found) -> dict[str, Child]:
@@ -234,7 +227,7 @@ def _result(run: Run, found: Found, tested: Mapping[str, Estimate], seconds: Map
             "latency_ms": latency.latency_ms, "latency_ms_low": latency.low, "latency_ms_high": latency.high,
         }  # fmt: skip
     return {
-        "format": 1, **children, "budget": {budget.metric: budget.bound for budget in parse_all(list(found.budgets))},
+        "format": 1, "metric": metric, **children, "budget": {budget.metric: budget.bound for budget in parse_all(list(found.budgets))},
         "images": tested["chosen"].images, "evaluated": found.evaluated, "weights_sha256": run.weights_hash,
         "test_reads": run.test_reads, "notes": list(found.notes), "seconds": dict(seconds),
     }  # fmt: skip

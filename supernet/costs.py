@@ -6,7 +6,7 @@ second formula). The cost of a million archs is then a gather and a sum over int
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -111,8 +111,3 @@ def _gather(tables: list[Table], codes: Codes, join: np.ufunc) -> NDArray[np.int
             flat = flat * count + columns[column]
         join(total, table.ravel().take(flat), out=total)
     return total
-
-
-def as_ints(costs: Mapping[str, NDArray[np.int64]], position: int) -> dict[str, int]:
-    """The costs of one of many archs, for JSON."""
-    return {name: int(values[position]) for name, values in costs.items()}

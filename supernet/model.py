@@ -36,9 +36,11 @@ class _Binding:
     name: str
     whole: nn.Parameter
     address: int
+    learns: bool
 
     def holds(self) -> bool:
-        return self.owner.get(self.name) is self.whole and self.whole.data_ptr() == self.address
+        whole = self.whole
+        return self.owner.get(self.name) is whole and whole.data_ptr() == self.address and whole.requires_grad == self.learns
 
 
 class Supernet(nn.Module):
@@ -47,7 +49,9 @@ class Supernet(nn.Module):
     Its parameters behave like any module's (`optimizer.step()`, `zero_grad()`, `.to()`, `deepcopy`, `state_dict`, EMA); they are
     named `slot.path`, as they are in a child. A parameter that no child touched since `zero_grad()` has no gradient and is left
     alone by optimizers. Hooks on these parameters never fire (autograd sees the children's), so wrappers such as DDP do not see
-    the gradients either. Second-order gradients through a child (`create_graph=True`) do not reach the store.
+    the gradients either, and `torch.autograd.grad` with respect to them finds none. Second-order gradients through a child
+    (`create_graph=True`) do not reach the store. Binding a child filters autograd's remark on the memory layout of views
+    (`LAYOUT_WARNING`) for the process.
 
     The initial values are drawn from a generator seeded with `seed`.
     """
@@ -69,7 +73,8 @@ class Supernet(nn.Module):
 
         `dropout` is the rate before the classifier; `drop_path` that of the last block, from 0 at the first (linear, Huang et al.
         2016). Blocks are shared by all children that have them: set nothing on them (no `eval()`, no hooks), and calibrate and
-        evaluate an extracted copy (`extract`). Assembling a child whose blocks were bound before takes well under a millisecond.
+        evaluate an extracted copy (`extract`). Ask for the child anew after the storage moved (`.to()`, `assign=True`): one that
+        was made before keeps the old weights. Assembling a child whose blocks were bound before takes well under a millisecond.
         """
         plan = self.space.plan(arch)
         network = nn.Sequential()
@@ -106,9 +111,14 @@ class Supernet(nn.Module):
             block, bindings = self._blocks[key]
             if all(binding.holds() for binding in bindings):
                 return block
-            self._drop_bindings()  # storage moved behind our back (`p.data = ...`, a submodule's `.to()`)
+            self._drop_bindings()  # storage moved behind our back (`p.data = ...`, a submodule's `.to()`), or was frozen
         elif len(self._blocks) >= MOST_BOUND_BLOCKS:
             self._drop_bindings()
+        with torch.inference_mode(False):  # what is bound within an inference serves training as well
+            self._blocks[key] = self._bind(slot, geometry, drop)
+        return self._blocks[key][0]
+
+    def _bind(self, slot: str, geometry: BlockSpec, drop: float) -> tuple[nn.Module, list[_Binding]]:
         block, bindings = _on_meta(geometry, drop), []
         for path, module in block.named_modules():
             _use_batch_statistics(module)
@@ -117,9 +127,8 @@ class Supernet(nn.Module):
                 setattr(module, name, self._view(stored, meta.shape))
                 owner = self.get_submodule(stored.rpartition(".")[0])._parameters
                 whole = self.get_parameter(stored)
-                bindings.append(_Binding(owner, name, whole, whole.data_ptr()))
-        self._blocks[key] = (block, bindings)
-        return block
+                bindings.append(_Binding(owner, name, whole, whole.data_ptr(), whole.requires_grad))
+        return block, bindings
 
     def _view(self, name: str, shape: torch.Size) -> nn.Parameter:
         """A leaf over a part of the parameter `name`, whose gradient is the same part of that parameter's gradient."""

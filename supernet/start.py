@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from supernet.data.splits import divide
 from supernet.errors import InputError
 from supernet.recipe import TrainConfig, load_recipe
 from supernet.run import Run
-from supernet.space import load_space
+from supernet.space import Space, load_space
 
 MOST_CHECKED = 50_000
 """Image files decoded before a run begins, so that a damaged one is not found after an hour; larger sets are read as they come."""
@@ -30,10 +30,11 @@ class Start:
 def start(
     data: str, out: Path, *, space: str | None = None, recipe: str | None = None, epochs: int | None = None,
     overrides: Mapping[str, Any] | None = None, root: Path | None = None, download: bool = False, device: str = "cpu",
+    check: Callable[[Space], None] = lambda _: None,
 ) -> Start:  # fmt: skip
     """Begin a run. `space` and `recipe` are names or YAML files; what is None is chosen from the data and the device.
 
-    Raises `InputError` for data, space or recipe that cannot be used, before anything is written.
+    `check` may refuse the space. Raises `InputError` for data, space or recipe that cannot be used, before anything is written.
     """
     if (out / "config.json").exists():
         raise InputError(f"{out} holds a run already: continue it with --resume, or choose another --out")
@@ -45,6 +46,7 @@ def start(
     config = _at_home_on(device, load_recipe(recipe or defaults.recipe_for(made.name), given), "precision" in given)
     if recipe is None and "epochs" not in given:
         config = config.model_copy(update={"epochs": defaults.epochs_for(made, _to_train(source), device, config.children)})
+    check(made)
     run = Run.create(out, made, config, source, root=root)
     return Start(run, tuple(_told(run, why)))
 
@@ -54,6 +56,21 @@ def resume(out: Path) -> Start:
     run = Run.open(out)
     _ = run.dataset  # notices data that changed, before anything is computed
     return Start(run, (f"resuming {out}", f"space {run.space.name}, recipe {run.recipe.name}, {run.recipe.epochs} epochs"))
+
+
+def refuse_other(
+    run: Run, data: str, *, space: str | None, recipe: str | None, epochs: int | None, overrides: Mapping[str, Any] | None
+) -> None:
+    """Raise `InputError` where a run that is taken up was begun with other data or options than are asked for now."""
+    same_data = run.data["name"] in {data, str(Path(data).expanduser().resolve())}
+    if not same_data or space not in {None, run.space.name} or recipe not in {None, run.recipe.name}:
+        raise InputError(
+            f"{run.path} holds a run of other data, space or recipe: choose another --out, or leave these options out"
+        )
+    if epochs not in {None, run.recipe.epochs} or overrides:
+        raise InputError(
+            f"{run.path} is continued as it was configured ({run.recipe.epochs} epochs): leave epochs and overrides out"
+        )
 
 
 def _to_train(source: Source) -> int:

@@ -29,7 +29,7 @@ from supernet.schedule import learning_rate
 from supernet.step import ChildResult, StepConfig, normalised, train_step
 
 SAVE_SECONDS = 300.0
-"""Longest time between checkpoints; there is also one at the end of every epoch that took more than `SAVE_EPOCH_SECONDS`."""
+"""Longest time between checkpoints; there is also one at the end of an epoch when the last is `SAVE_EPOCH_SECONDS` old."""
 SAVE_EPOCH_SECONDS = 5.0
 LOG_LINES = 400
 """About as many lines of metrics as a run writes."""

@@ -124,6 +124,7 @@ def _facts(run: Run, result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("images", ", ".join(f"{name} {count}" for name, count in sizes.items())),
         ("recipe", f"{run.recipe.name}, {run.recipe.epochs} epochs, batch {run.recipe.batch_size}"),
         ("reads of the test split", str(run.test_reads)),
+        ("latency", "ONNX Runtime, batch 1; at one thread the CPU time of that thread"),
         ("processor", f"{environment['processor']}, {environment['cores']} cores"),
         ("versions", ", ".join(f"{name} {version}" for name, version in environment["versions"].items())),
         *([("seconds", ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))] if seconds else []),

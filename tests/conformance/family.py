@@ -1,5 +1,7 @@
 """What every family of networks must hold. Subclass `FamilySuite`, name a space, and pytest runs all of it over that space.
 
+(Preprocessing is no matter of a family: tests/deploy proves it from image files.)
+
 class TestMine(FamilySuite):
     space = load_space("my_space.yaml")
 """
@@ -280,6 +282,30 @@ class FamilySuite:
     def test_a_frozen_supernet_has_children_without_gradients(self, supernet: Supernet) -> None:
         supernet.requires_grad_(False)
         assert not supernet.child(self.space.smallest)(self.images(self.space.smallest)).requires_grad
+
+    def test_freezing_and_unfreezing_after_a_child_was_bound_is_followed(self, supernet: Supernet) -> None:
+        arch = self.named(0)
+        images, optimizer = self.images(arch), torch.optim.SGD(supernet.parameters(), 0.1, momentum=0.9)
+        supernet.requires_grad_(False)
+        assert not supernet.child(arch)(images).requires_grad
+        supernet.requires_grad_(True)
+        cross_entropy(supernet.child(arch)(images), self.labels()).backward()
+        used = {name for name, parameter in supernet.named_parameters() if parameter.grad is not None}
+        assert used == {name for name, _ in plain(self.space, arch).named_parameters()}
+        frozen = supernet.get_parameter(sorted(used)[0])
+        before = frozen.detach().clone()
+        frozen.requires_grad_(False)
+        optimizer.zero_grad()
+        cross_entropy(supernet.child(arch)(images), self.labels()).backward()
+        optimizer.step()
+        assert frozen.grad is None and torch.equal(frozen, before)
+
+    def test_a_child_bound_within_an_inference_can_be_trained_afterwards(self, supernet: Supernet) -> None:
+        arch = self.named(0)
+        with torch.inference_mode():
+            supernet.child(arch)(self.images(arch))
+        cross_entropy(supernet.child(arch)(self.images(arch)), self.labels()).backward()
+        assert all(supernet.get_parameter(name).grad is not None for name, _ in plain(self.space, arch).named_parameters())
 
     # --- extraction and export ---
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from supernet.space import load_space
+from supernet.space import Space, load_space
 from tests.conformance.family import FamilySuite
 
 
@@ -21,6 +21,21 @@ class TestCifarMBConv(FamilySuite):
 class TestPhotoMBConv(FamilySuite):
     space = load_space("photo-mbconv")
     image_size = 48
+
+
+@pytest.mark.slow
+class TestOdd(FamilySuite):
+    """What the shipped spaces do not have: odd sizes, a stride of 3, kernels up to 7, single choices, widths no multiple of 8."""
+
+    space = Space.from_definition({
+        "format": 1, "name": "odd", "family": "mbconv", "classes": 3, "in_channels": 3, "resolution": [15, 17, 23],
+        "stem": {"width": [6, 10], "stride": 1},
+        "stages": [
+            {"width": [10], "depth": [1], "kernel_size": [1, 3, 7], "expand_ratio": [1, 2], "stride": 3},
+            {"width": [10, 13], "depth": [1, 4], "kernel_size": [5], "expand_ratio": [3], "stride": 2, "squeeze_excite": True},
+        ],
+        "head": {"expand_ratio": 1, "width": [20]},
+    })  # fmt: skip
 
 
 @pytest.mark.slow

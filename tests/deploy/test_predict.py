@@ -92,7 +92,12 @@ def test_every_listed_image_is_predicted_as_at_export(script: Script, shipped: P
     done = script(shipped, "--check", images)
     assert (done.returncode, done.stderr) == (0, "")
     accuracy = tiny_bundle.manifest["accuracy"]
-    assert json.loads(done.stdout) == {"images": accuracy["images"], "top1": accuracy["top1"], "differ": []}
+    assert json.loads(done.stdout) == {
+        "images": accuracy["images"],
+        "top1": accuracy["top1"],
+        "differ": [],
+        "same_as_manifest": True,
+    }
 
 
 def test_a_line_of_json_an_image_holds_the_classes_that_the_manifest_lists(
@@ -186,11 +191,19 @@ def test_a_planted_list_that_is_none_ends_with_2_and_one_line(
     assert_one_line(capsys, "images.json")
 
 
-def test_an_empty_list_of_images_is_no_error(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_list_that_lost_its_images_is_not_what_the_manifest_counted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "images.json").write_text('{"images": []}')
     write_manifest(here, json.loads((here / "manifest.json").read_text()))
-    assert main(["--check", str(here)]) == 0
-    assert json.loads(capsys.readouterr().out) == {"images": 0, "top1": None, "differ": []}
+    assert main(["--check", str(here)]) == 1
+    assert json.loads(capsys.readouterr().out) == {"images": 0, "top1": 0.0, "differ": [], "same_as_manifest": False}
+
+
+def test_a_manifest_that_boasts_is_found_out(images: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = json.loads((here / "manifest.json").read_text())
+    manifest["accuracy"]["top1"] = 0.999
+    write_manifest(here, manifest)
+    assert main(["--check", str(images)]) == 1
+    assert json.loads(capsys.readouterr().out)["same_as_manifest"] is False
 
 
 def test_an_image_of_the_check_that_is_missing_ends_with_2(

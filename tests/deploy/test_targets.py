@@ -79,7 +79,7 @@ def test_results_of_other_threads_and_runtimes_are_filed_apart() -> None:
     assert len({print_["hash"] for print_ in prints}) == 3
     assert Local(1).fingerprint() == prints[0]
     assert {Local(1).name, Local(2).name} == {"local:threads=1", "local:threads=2"}
-    assert set(prints[0]) == {"processor", "cores", "runtime", "threads", "precision", "batch", "hash"}
+    assert set(prints[0]) == {"processor", "cores", "runtime", "threads", "clock", "precision", "batch", "hash"}
 
 
 def test_a_fingerprint_goes_through_json_unchanged() -> None:

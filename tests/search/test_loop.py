@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 import pytest
 
+from deploy.commands import best_of
 from deploy.targets import Latency
 from search.budget import parse_all
 from search.finalists import Bench, meets, pooled
@@ -337,7 +338,8 @@ def few_archs(easy_npz: Path, small_space: Callable[..., Space], tmp_path: Path)
         recipe = load_recipe("digits", {"epochs": 1, "calibration_images": 32})
         run = Run.create(tmp_path / "few", space, recipe, open_source(str(easy_npz)))
         checkpoint.save(
-            run.checkpoints, checkpoint.Checkpoint(1, {"weights": Supernet(space).state_dict()}, {"space": space.key})
+            run.checkpoints,
+            checkpoint.Checkpoint(1, {"weights": Supernet(space).state_dict()}, {"space": space.key, "finished": True}),
         )
         return run
 
@@ -394,7 +396,7 @@ def test_the_outcome_is_saved_and_read_back(run_copy: Run, fake_target: Any, jud
 
 def test_a_run_that_was_not_trained_is_refused(run_copy: Run, fake_target: Any, judge: Any) -> None:
     shutil.rmtree(run_copy.checkpoints)
-    with pytest.raises(InputError, match="train it first"):
+    with pytest.raises(InputError, match="not trained to its end"):
         search(run_copy, [], settings=SETTINGS, target=fake_target())
 
 
@@ -509,3 +511,21 @@ def test_a_search_that_is_killed_and_run_again_repeats_nothing_and_finds_the_sam
         json.loads(text, object_hook=lambda value: {k: v for k, v in value.items() if k not in strip}) for text in (out, again)
     ]
     assert results[0] == results[1]
+
+
+def test_an_unfinished_run_is_not_searched_and_an_outcome_of_older_weights_not_exported(
+    searched_copy: Run, fake_target: Any
+) -> None:
+    run = searched_copy
+    newest = checkpoint.load(sorted(run.checkpoints.glob("step-*"))[-1])
+    later = {name: tensor + 1 for name, tensor in newest.tensors["weights"].items()}
+    checkpoint.save(
+        run.checkpoints, checkpoint.Checkpoint(newest.step + 1, {"weights": later}, {**newest.state, "finished": False})
+    )
+    run = Run.open(run.path)
+    with pytest.raises(InputError, match="not trained to its end"):
+        search(run, [], settings=SETTINGS, target=fake_target())
+    with pytest.raises(InputError, match="other weights"):
+        Found.load(run)
+    with pytest.raises(InputError, match="other weights"):
+        best_of(run)

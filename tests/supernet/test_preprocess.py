@@ -214,7 +214,7 @@ def test_a_mirrored_image_gives_mirrored_pixels(height: int, width: int, resolut
     preprocessing = Preprocessing(resolution, crop, mean=(0.5,), std=(0.5,))
     pixels = noise(height, width, 1)
     mirrored = preprocessing.pixels(Image.fromarray(np.ascontiguousarray(pixels[::-1, ::-1])))
-    np.testing.assert_allclose(mirrored[::-1, ::-1].astype(int), preprocessing.pixels(Image.fromarray(pixels)), atol=1)
+    np.testing.assert_allclose(mirrored[::-1, ::-1].astype(int), preprocessing.pixels(Image.fromarray(pixels)), atol=3)
 
 
 def test_the_input_is_normalised_contiguous_and_channels_first() -> None:

@@ -67,10 +67,20 @@ def refuse_other(
         raise InputError(
             f"{run.path} holds a run of other data, space or recipe: choose another --out, or leave these options out"
         )
-    if epochs not in {None, run.recipe.epochs} or overrides:
+    asked = {**(overrides or {}), **({"epochs": epochs} if epochs is not None else {})}
+    other = [key for key, value in asked.items() if _value(run.recipe, key) != value]
+    if other:
         raise InputError(
-            f"{run.path} is continued as it was configured ({run.recipe.epochs} epochs): leave epochs and overrides out"
+            f"{run.path} is continued as it was configured ({other[0]} is {_value(run.recipe, other[0])!r}): leave this out"
         )
+
+
+def _value(recipe: TrainConfig, key: str) -> Any:
+    """The value of a recipe under a dotted key; None where there is none."""
+    value: Any = recipe.model_dump()
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def _to_train(source: Source) -> int:

@@ -23,7 +23,7 @@ from supernet.model import Supernet
 from supernet.recipe import TrainConfig, load_recipe
 from supernet.run import Run, load_weights
 from supernet.space import Space, load_space
-from supernet.start import resume, start
+from supernet.start import refuse_other, resume, start
 
 
 def edit(path: Path, change: Callable[[Any], object]) -> None:
@@ -331,3 +331,18 @@ def test_a_second_start_is_refused_before_the_data_are_read(run: Run) -> None:
 
 def test_the_data_room_is_opened_by_name_again(run: Run) -> None:
     assert open_source(run.data["name"]).fingerprint == run.data["fingerprint"] == Run.open(run.path).source.fingerprint
+
+
+def test_a_run_is_taken_up_by_what_began_it_and_by_nothing_else(tmp_path: Path) -> None:
+    begun = start("digits", tmp_path / "run", epochs=2, overrides={"augment.rotate_degrees": 3}).run
+    for options in ({}, {"epochs": 2}, {"overrides": {"augment.rotate_degrees": 3}}, {"space": "digits"}):
+        refuse_other(begun, "digits", **{"space": None, "recipe": None, "epochs": None, "overrides": None, **options})
+    for data, options in (
+        ("mnist", {}),
+        ("digits", {"epochs": 3}),
+        ("digits", {"overrides": {"augment.rotate_degrees": 4}}),
+        ("digits", {"overrides": {"no.such.key": 1}}),
+        ("digits", {"space": "attentivenas"}),
+    ):
+        with pytest.raises(InputError, match="leave"):
+            refuse_other(begun, data, **{"space": None, "recipe": None, "epochs": None, "overrides": None, **options})

@@ -91,6 +91,7 @@ class _Way:
                 raise InputError(
                     f"{way.out} holds a run of other data or options: choose another --out, or repeat the command that began it"
                 )
+            self._refuse_impossible(begun.run.space)
         else:
             begun = starting.start(
                 way.data, way.out, space=way.space, recipe=way.recipe, epochs=way.epochs, overrides=way.overrides, root=way.data_root,
@@ -99,7 +100,6 @@ class _Way:
             _remember(begun.run, [way.data, way.space, way.recipe, way.epochs, dict(way.overrides or {})])
         for reason in begun.reasons:
             self.display.say(reason)
-        self._refuse_impossible(begun.run.space)
         train_shown(begun.run, self.device, way.workers, self.display)
         return begun.run
 

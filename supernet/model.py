@@ -119,6 +119,7 @@ class Supernet(nn.Module):
         return self._blocks[key][0]
 
     def _bind(self, slot: str, geometry: BlockSpec, drop: float) -> tuple[nn.Module, list[_Binding]]:
+        warnings.filterwarnings("ignore", message=LAYOUT_WARNING)
         block, bindings = _on_meta(geometry, drop), []
         for path, module in block.named_modules():
             _use_batch_statistics(module)
@@ -132,7 +133,6 @@ class Supernet(nn.Module):
 
     def _view(self, name: str, shape: torch.Size) -> nn.Parameter:
         """A leaf over a part of the parameter `name`, whose gradient is the same part of that parameter's gradient."""
-        warnings.filterwarnings("ignore", message=LAYOUT_WARNING)
         whole, buffer = self.get_parameter(name), self._gradient(name)
         index = part_of(whole.shape, shape)
         part = nn.Parameter(whole.detach()[index], requires_grad=whole.requires_grad)  # detach keeps the version counter

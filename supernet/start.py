@@ -63,7 +63,11 @@ def refuse_other(
 ) -> None:
     """Raise `InputError` where a run that is taken up was begun with other data or options than are asked for now."""
     same_data = run.data["name"] in {data, str(Path(data).expanduser().resolve())}
-    if not same_data or space not in {None, run.space.name} or recipe not in {None, run.recipe.name}:
+    same_space = (
+        space is None or load_space(space, classes=len(run.classes), in_channels=run.data["channels"]).key == run.space.key
+    )
+    same_recipe = recipe is None or load_recipe(recipe).name == run.recipe.name
+    if not (same_data and same_space and same_recipe):
         raise InputError(
             f"{run.path} holds a run of other data, space or recipe: choose another --out, or leave these options out"
         )

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from supernet import checkpoint
+from supernet import checkpoint, config
 from supernet.data.batches import channel_statistics
 from supernet.data.sources import Source, open_source
 from supernet.data.splits import NAMES
@@ -335,7 +335,16 @@ def test_the_data_room_is_opened_by_name_again(run: Run) -> None:
 
 def test_a_run_is_taken_up_by_what_began_it_and_by_nothing_else(tmp_path: Path) -> None:
     begun = start("digits", tmp_path / "run", epochs=2, overrides={"augment.rotate_degrees": 3}).run
-    for options in ({}, {"epochs": 2}, {"overrides": {"augment.rotate_degrees": 3}}, {"space": "digits"}):
+    own = tmp_path / "own.yaml"
+    own.write_text((config.configs_folder() / "spaces" / "digits.yaml").read_text())
+    for options in (
+        {},
+        {"epochs": 2},
+        {"space": str(own)},
+        {"recipe": "digits"},
+        {"overrides": {"augment.rotate_degrees": 3}},
+        {"space": "digits"},
+    ):
         refuse_other(begun, "digits", **{"space": None, "recipe": None, "epochs": None, "overrides": None, **options})
     for data, options in (
         ("mnist", {}),

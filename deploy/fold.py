@@ -1,4 +1,4 @@
-"""Batch norm folded into the convolution before it: the network that is exported."""
+"""Batch norm folded into the convolution or linear layer before it: the network that is exported."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import TypeVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from supernet.blocks import ConvNorm
+from supernet.blocks import ConvNorm, LinearNorm
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -28,7 +28,12 @@ def folded(network: Network) -> Network:
             assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
             module.conv = fuse_conv_bn_eval(conv, norm)
             del module.norm
+        elif isinstance(module, LinearNorm):
+            linear, norm = module.linear, module.norm
+            assert isinstance(linear, nn.Linear) and isinstance(norm, nn.BatchNorm1d)
+            module.linear = fuse_linear_bn_eval(linear, norm)
+            del module.norm
     alone = [name for name, module in result.named_modules() if isinstance(module, _BatchNorm)]
     if alone:
-        raise ValueError(f"every batch norm must follow a convolution within a ConvNorm, but {alone[0]} does not")
+        raise ValueError(f"every batch norm must follow its layer within a ConvNorm or LinearNorm, but {alone[0]} does not")
     return result

@@ -23,7 +23,8 @@ from deploy.targets import Model, Target
 from supernet import durable
 from supernet.costs import Costs
 from supernet.errors import InputError
-from supernet.space import Codes, Space
+from supernet.family import Codes
+from supernet.space import Space
 
 FORMAT = 1
 CHILDREN = 40

@@ -16,10 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from deploy.export import INPUT, OPSET, OUTPUT
 from supernet.arch import Arch
-from supernet.operations import Operation, Operations
+from supernet.operations import Constant, Operation, Operations
 from supernet.space import Space
-
-POINTWISE = {"sigmoid": "Sigmoid", "relu": "Relu", "hard_sigmoid": "HardSigmoid", "mul": "Mul", "add": "Add"}
 
 
 def probe(space: Space, arch: Arch) -> bytes:
@@ -41,8 +39,8 @@ def graph_of(blocks: Iterable[Operations]) -> bytes:
         current = names[len(operations.listed)]
     graph.nodes[-1].output[0] = OUTPUT
     first, last = chain[0].input, chain[-1].listed[-1].output
-    into: list[str | int | None] = ["batch", first.channels, first.size, first.size]
-    out: list[str | int | None] = ["batch", last.channels, *([last.size] * 2 if last.size > 1 else [])]
+    into: list[str | int | None] = ["batch", *first.shape]
+    out: list[str | int | None] = ["batch", *last.shape]
     model = helper.make_model(
         helper.make_graph(
             graph.nodes, "probe",
@@ -63,36 +61,18 @@ class _Graph:
 
     def add(self, operation: Operation, inputs: list[str], prefix: str) -> str:
         output = f"{prefix}_{operation.output.index}"
-        kind, attributes, constants = _onnx_form(operation)
-        for number, (shape, integers) in enumerate(constants):
+        for number, constant in enumerate(operation.constants):
             name = f"{output}_c{number}"
-            self.weights.append(
-                numpy_helper.from_array(np.array(integers, np.int64) if integers else self._random(shape), name)
-            )
+            self.weights.append(numpy_helper.from_array(self._values(constant), name))
             inputs.append(name)
-        self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
+        attributes: dict[str, Any] = {
+            name: list(value) if isinstance(value, tuple) else value for name, value in operation.attributes
+        }
+        self.nodes.append(helper.make_node(operation.onnx, inputs, [output], name=output, **attributes))
         return output
 
-    def _random(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        fan_in = math.prod(shape[1:])  # keeps the numbers of a deep chain within range
-        return (self.rng.standard_normal(shape) / math.sqrt(fan_in)).astype(np.float32)
-
-
-def _onnx_form(operation: Operation) -> tuple[str, dict[str, Any], list[tuple[tuple[int, ...], list[int]]]]:
-    """Operator type, attributes, and constants as (shape of random numbers, or integers)."""
-    x, y = operation.inputs[0], operation.output
-    if operation.kind in {"conv", "depthwise"}:
-        window = {"kernel_shape": [operation.kernel_size] * 2, "strides": [operation.stride] * 2,
-                  "pads": [operation.kernel_size // 2] * 4, "group": operation.groups}  # fmt: skip
-        weight = (y.channels, x.channels // operation.groups, operation.kernel_size, operation.kernel_size)
-        return "Conv", window, [(weight, []), *([((y.channels,), [])] if operation.bias else [])]
-    if operation.kind == "linear":
-        return "Gemm", {"transB": 1}, [((y.channels, x.elements), []), ((y.channels,), [])]
-    if operation.kind == "pool":
-        window = {"kernel_shape": [operation.kernel_size] * 2, "strides": [operation.stride] * 2, "ceil_mode": 1}
-        return "AveragePool", window, []
-    if operation.kind == "mean":
-        return "ReduceMean", {"keepdims": 1}, [((), [2, 3])]
-    if operation.kind == "flatten":
-        return "Reshape", {"allowzero": 1}, [((), [-1, x.elements])]
-    return POINTWISE[operation.kind], {"alpha": 1 / 6} if operation.kind == "hard_sigmoid" else {}, []
+    def _values(self, constant: Constant) -> NDArray[np.generic]:
+        if constant.integers is not None:
+            return np.array(constant.integers, np.int64)
+        fan_in = math.prod(constant.shape[1:])  # keeps the numbers of a deep chain within range
+        return (self.rng.standard_normal(constant.shape) / math.sqrt(fan_in)).astype(np.float32)

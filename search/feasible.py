@@ -13,7 +13,8 @@ from search.budget import Budget
 from supernet.arch import Arch
 from supernet.costs import Costs, arch_costs
 from supernet.errors import InputError
-from supernet.space import Codes, Space
+from supernet.family import Codes
+from supernet.space import Space
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Feasible:
         return found
 
     def mask(self, codes: Codes) -> NDArray[np.bool_]:
-        """Which archs meet every budget, shape (archs,)."""
-        costs, meets = self.table(codes), np.ones(len(codes), dtype=np.bool_)
+        """Which archs are networks and meet every budget, shape (archs,)."""
+        costs, meets = self.table(codes), self.space.valid(codes)
         for budget in self.budgets:
             upper = self.latency.upper_factor if self.latency is not None and budget.metric == "latency_ms" else 1.0
             meets &= costs[budget.metric] * upper <= budget.bound
@@ -53,7 +54,7 @@ class Feasible:
 def refuse_impossible(space: Space, budgets: Sequence[Budget], smallest_latency_ms: float | None) -> None:
     """Raise `InputError` with the smallest reachable value where even the smallest arch misses a budget.
 
-    Costs never fall when a choice grows (a test holds this for every family), so the smallest arch decides. Its latency is the
+    No arch costs less than the smallest (a test holds this for every family), so it decides. Its latency is the
     measured one, upper end.
     """
     reachable: dict[str, float] = {**arch_costs(space, space.smallest)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -51,7 +51,7 @@ def spaces(as_json: Json = False) -> None:
     from supernet.costs import arch_costs
     from supernet.space import load_space
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in config.names("spaces"):
         space = load_space(name)
         ends = [arch_costs(space, arch) for arch in (space.smallest, space.largest)]
@@ -59,12 +59,12 @@ def spaces(as_json: Json = False) -> None:
         rows.append(
             {
                 "space": name,
-                "family": space.definition["family"],
+                "family": space.family.config.family,
                 "archs": space.size,
                 "resolution": list(resolutions),
                 "macs": [end["macs"] for end in ends],
                 "params": [end["params"] for end in ends],
-                "source": space.definition["source"],
+                "source": space.family.config.source,
             }
         )
     if as_json:

@@ -6,22 +6,24 @@ second formula). The cost of a million archs is then a gather and a sum over int
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from supernet.arch import Arch
-from supernet.family import BlockSpec, variants
+from supernet.family import BlockSpec, Codes, Slot, variants
 from supernet.operations import BlockCost, cost_of
-from supernet.space import Codes, Space
+from supernet.space import Space
 
 METRICS = ("macs", "params", "peak_memory_bytes")
 """Known in closed form. `macs` are multiply-accumulates at batch 1 (what papers call FLOPs)."""
 
-Table = tuple[tuple[int, ...], NDArray[Any]]
+MOST_ROWS = 20_000
+"""Combinations of a group of slots that are all counted beforehand; beyond it (operations on many edges) as they are asked for."""
 
 
 @lru_cache(maxsize=100_000)
@@ -45,13 +47,11 @@ class Costs:
 
     def __init__(self, space: Space) -> None:
         self.space = space
-        self.feature_names = tuple(
-            sorted({name for slot in _blocks(space) for spec in slot for name, _ in block_cost(spec).features})
-        )
+        self.feature_names = tuple(sorted({name for spec in set(_covering(space)) for name, _ in block_cost(spec).features}))
         self._macs = _tables(space, lambda cost: cost.macs, np.add)
         self._params = _tables(space, lambda cost: cost.params, np.add)
         self._peak = _tables(space, lambda cost: cost.peak_memory_bytes, np.maximum)
-        self._features: dict[str, list[Table]] | None = None
+        self._features: dict[str, list[_Table | _Sparse]] | None = None
 
     def macs(self, codes: Codes) -> NDArray[np.int64]:
         """Multiply-accumulates, shape (archs,), of codes, shape (archs, dimensions)."""
@@ -82,32 +82,79 @@ def _feature(name: str) -> Callable[[BlockCost], float]:
     return lambda cost: dict(cost.features).get(name, 0)
 
 
-def _blocks(space: Space) -> list[set[BlockSpec]]:
-    return [
-        {spec for _, spec in variants(slot, space.by_name, space.family) if spec is not None} for slot in space.family.slots
-    ]
+def _covering(space: Space) -> Iterator[BlockSpec]:
+    for slot in space.family.slots:
+        for choices in space.family.cover(slot):
+            if slot.stands(choices):
+                yield space.family.block(slot, choices)
 
 
-def _tables(space: Space, value: Callable[[BlockCost], float], join: np.ufunc) -> list[Table]:
+def _tables(space: Space, value: Callable[[BlockCost], float], join: np.ufunc) -> list[_Table | _Sparse]:
     """Per group of slots with the same dimensions: their columns, and the joined values over the dimensions' choices."""
     order = {dimension.name: column for column, dimension in enumerate(space.dimensions)}
-    counts = [len(dimension.choices) for dimension in space.dimensions]
-    tables: dict[tuple[int, ...], NDArray[Any]] = {}
+    groups: dict[tuple[int, ...], list[Slot]] = {}
     for slot in space.family.slots:
-        columns = tuple(order[name] for name in slot.dimensions)
-        table = tables.setdefault(columns, np.zeros([counts[column] for column in columns], dtype=np.int64))
-        for codes, spec in variants(slot, space.by_name, space.family):
-            if spec is not None:
-                table[codes] = join(table[codes], value(block_cost(spec)))
-    return list(tables.items())
+        groups.setdefault(tuple(order[name] for name in slot.dimensions), []).append(slot)
+    found: list[_Table | _Sparse] = []
+    for columns, slots in groups.items():
+        counts = [len(space.dimensions[column].choices) for column in columns]
+        if math.prod(counts) > MOST_ROWS:
+            found.append(_Sparse(space, columns, slots, value, join))
+            continue
+        table = np.zeros(counts, dtype=np.int64)
+        for slot in slots:
+            for codes, spec in variants(slot, space.by_name, space.family):
+                if spec is not None:
+                    table[codes] = join(table[codes], value(block_cost(spec)))
+        found.append(_Table(columns, table))
+    return found
 
 
-def _gather(tables: list[Table], codes: Codes, join: np.ufunc) -> NDArray[np.int64]:
+@dataclass(frozen=True)
+class _Table:
+    """All values of a group of slots."""
+
+    columns: tuple[int, ...]
+    values: NDArray[np.int64]
+
+    def take(self, columns: NDArray[np.int64]) -> NDArray[np.int64]:
+        flat = np.zeros(columns.shape[1], dtype=np.int64)
+        for column, count in zip(self.columns, self.values.shape, strict=True):
+            flat = flat * count + columns[column]
+        found: NDArray[np.int64] = self.values.ravel().take(flat)
+        return found
+
+
+@dataclass(frozen=True)
+class _Sparse:
+    """Values of a group of slots with too many combinations to list: counted as they are asked for, and kept."""
+
+    space: Space
+    columns: tuple[int, ...]
+    slots: list[Slot]
+    value: Callable[[BlockCost], float]
+    join: np.ufunc
+    known: dict[tuple[int, ...], int] = field(default_factory=dict)
+
+    def take(self, columns: NDArray[np.int64]) -> NDArray[np.int64]:
+        rows, inverse = np.unique(columns[list(self.columns)].T, axis=0, return_inverse=True)
+        values = np.array([self._of(tuple(row)) for row in rows.tolist()], dtype=np.int64)
+        return values[inverse.ravel()]
+
+    def _of(self, codes: tuple[int, ...]) -> int:
+        if codes not in self.known:
+            dimensions = [self.space.dimensions[column] for column in self.columns]
+            choices = {dimension.name: dimension.choices[code] for dimension, code in zip(dimensions, codes, strict=True)}
+            values = [
+                self.value(block_cost(self.space.family.block(slot, choices))) for slot in self.slots if slot.stands(choices)
+            ]
+            self.known[codes] = int(self.join.reduce(values)) if values else 0
+        return self.known[codes]
+
+
+def _gather(tables: list[_Table | _Sparse], codes: Codes, join: np.ufunc) -> NDArray[np.int64]:
     columns = np.ascontiguousarray(np.asarray(codes, dtype=np.int64).T)
     total = np.zeros(columns.shape[1], dtype=np.int64)
-    for which, table in tables:
-        flat = columns[which[0]]
-        for column, count in zip(which[1:], table.shape[1:], strict=True):
-            flat = flat * count + columns[column]
-        join(total, table.ravel().take(flat), out=total)
+    for table in tables:
+        join(total, table.take(columns), out=total)
     return total

@@ -14,10 +14,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from supernet.arch import Arch
 from supernet.blocks import initial
-from supernet.family import BlockSpec, variants
+from supernet.family import BlockSpec
 from supernet.slicing import part_of
 from supernet.space import Space
 
@@ -61,7 +62,9 @@ class Supernet(nn.Module):
         self.space = space
         generator = torch.Generator().manual_seed(seed)
         for slot in space.family.slots:
-            geometries = {spec.geometry for _, spec in variants(slot, space.by_name, space.family) if spec is not None}
+            geometries = {
+                space.family.block(slot, choices).geometry for choices in space.family.cover(slot) if slot.stands(choices)
+            }
             for name, (owner, shape) in _union([_on_meta(geometry) for geometry in sorted(geometries, key=repr)]).items():
                 zero = name.endswith(space.family.zero_init)
                 value = torch.zeros(shape) if zero else initial(owner, name.rpartition(".")[2], shape, generator)
@@ -94,16 +97,16 @@ class Supernet(nn.Module):
         Its batch-norm statistics are not set: calibrate it before `eval()` (`supernet.calibrate`). Same rule as `child`, by copy.
         """
         stored = dict(self.named_parameters())
-        network = plain(self.space, arch)
+        network = plain(self.space, arch, baked=False)
         with torch.no_grad():
             for name, parameter in network.named_parameters():
                 whole = stored[name].detach()
                 part = whole[part_of(whole.shape, parameter.shape)]
                 parameter.data = part.clone(memory_format=torch.contiguous_format)
         for module in network.modules():  # buffers follow the weights
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, _BatchNorm):
                 module.to(device=module.weight.device, dtype=module.weight.dtype)
-        return network
+        return _baked(self.space, arch, network)
 
     def _bound(self, slot: str, geometry: BlockSpec, drop: float) -> nn.Module:
         key = (slot, geometry, drop)
@@ -175,11 +178,21 @@ class Supernet(nn.Module):
         return {**self.__dict__, "_blocks": {}, "_gradients": {}}
 
 
-def plain(space: Space, arch: Arch) -> nn.Sequential:
-    """The ordinary network of `arch`, freshly initialised by torch: what a child is compared with, and what extraction fills."""
+def plain(space: Space, arch: Arch, *, baked: bool = True) -> nn.Sequential:
+    """The ordinary network of `arch`, freshly initialised by torch: what a child is compared with, and what extraction fills.
+
+    Not `baked`, its parameters are those of a child: a position embedding, for one, is that of the largest resolution.
+    """
     network = nn.Sequential()
     for slot, spec in space.plan(arch).items():
-        network.add_module(slot, spec.build())
+        network.add_module(slot, spec.geometry.build())
+    return _baked(space, arch, network) if baked else network
+
+
+def _baked(space: Space, arch: Arch, network: nn.Sequential) -> nn.Sequential:
+    with torch.no_grad():
+        for spec, block in zip(space.plan(arch).values(), network, strict=True):
+            spec.bake(block)
     return network
 
 
@@ -232,6 +245,6 @@ def _register(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 def _use_batch_statistics(module: nn.Module) -> None:
     """One child's running statistics mean nothing to another, so a child over views keeps none."""
-    if isinstance(module, nn.BatchNorm2d):
+    if isinstance(module, _BatchNorm):
         module.track_running_stats = False
         module.running_mean = module.running_var = module.num_batches_tracked = None

@@ -17,6 +17,7 @@ def sandwich(space: Space, children: int, rng: np.random.Generator) -> list[tupl
     """Role and arch of each child: the largest (it teaches, so it comes first), the smallest, then random ones.
 
     The sandwich rule (Yu & Huang 2019; BigNAS uses two random children). Two children are largest and smallest, one the largest.
+    Where choices have no order (operations, activations), the random children take turns, so that each choice gets trained.
     """
     chosen = [("largest", space.largest), ("smallest", space.smallest)][:children]
-    return [*chosen, *(("random", space.sample(rng)) for _ in range(children - 2))]
+    return [*chosen, *(("random", arch) for arch in space.sample_apart(max(0, children - 2), rng))]

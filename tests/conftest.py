@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 # The same examples every time: a change is judged by what it changes. HYPOTHESIS_PROFILE=default looks for new ones.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+pytest.register_assert_rewrite("deploy.conformance")
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 if TYPE_CHECKING:

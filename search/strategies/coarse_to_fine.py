@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from search.feasible import Feasible
 from supernet.arch import Arch
-from supernet.space import Codes, Space
+from supernet.family import Codes
+from supernet.space import Space
 
 LEVELS = 3
 MOST_GRID = 100_000
@@ -79,13 +80,14 @@ class CoarseToFine:
 def network_wide(space: Space, rng: np.random.Generator) -> Codes:
     """Archs in which all dimensions of a kind stand at the same level (first, middle, last choice), shape (archs, dimensions).
 
-    The kind of "stage3.width" is "width". A grid beyond `MOST_GRID` is sampled.
+    The kind of "stage3.width" is "width"; choices without order are all taken. A grid beyond `MOST_GRID` is sampled.
     """
     kinds = [dimension.name.rpartition(".")[2] for dimension in space.dimensions]
     counts = np.array([len(dimension.choices) for dimension in space.dimensions])
-    levels = {
-        kind: min(LEVELS, max(count for name, count in zip(kinds, counts, strict=True) if name == kind)) for kind in kinds
-    }
+    levels: dict[str, int] = {}
+    for kind, dimension in zip(kinds, space.dimensions, strict=True):
+        level = len(dimension.choices) if not dimension.ordered else min(LEVELS, len(dimension.choices))
+        levels[kind] = max(level, levels.get(kind, 1))
     size = int(np.prod([float(level) for level in levels.values()]))
     if size <= MOST_GRID:
         settings = list(itertools.product(*(np.linspace(0, 1, level) if level > 1 else [0.0] for level in levels.values())))
@@ -94,4 +96,4 @@ def network_wide(space: Space, rng: np.random.Generator) -> Codes:
         settings = [tuple(row) for row in draws]
     columns = [list(levels).index(kind) for kind in kinds]
     heights: NDArray[np.float64] = np.array(settings)[:, columns]
-    return np.unique((heights * (counts - 1)).round().astype(np.int64), axis=0)
+    return np.unique(space.canonical((heights * (counts - 1)).round().astype(np.int64)), axis=0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import Annotated, ClassVar, Literal
 
@@ -20,10 +20,10 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from supernet.arch import Choice
-from supernet.blocks import ConvNorm, Downsample, SqueezeExcite, divisible
+from supernet.blocks import Classifier, ConvNorm, Downsample, SqueezeExcite, divisible
 from supernet.config import Config
 from supernet.errors import InputError
-from supernet.family import Choices, Dimension, FamilyConfig, Positive, Slot
+from supernet.family import BlockSpec, Choices, Dimension, Family, FamilyConfig, Positive, Slot
 from supernet.operations import Operations, Value
 
 
@@ -80,20 +80,12 @@ class MBConvConfig(FamilyConfig):
 
 
 @dataclass(frozen=True, slots=True)
-class StemSpec:
+class StemSpec(BlockSpec):
     """3x3 convolution, norm, swish."""
 
     in_channels: int
     width: int
     stride: int
-    in_size: int
-
-    regulariser: ClassVar[str | None] = None
-
-    @property
-    def geometry(self) -> StemSpec:
-        """The same block whatever its input size."""
-        return replace(self, in_size=0)
 
     def build(self, drop: float = 0.0) -> nn.Module:
         """A plain stem; there is nothing to drop."""
@@ -107,7 +99,7 @@ class StemSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class MBConvSpec:
+class MBConvSpec(BlockSpec):
     """Expand (1x1), depthwise, gate, project (1x1), plus the shortcut."""
 
     in_width: int
@@ -116,14 +108,8 @@ class MBConvSpec:
     stride: int
     expand_ratio: int
     squeeze_excite: bool
-    in_size: int
 
     regulariser: ClassVar[str | None] = "drop_path"
-
-    @property
-    def geometry(self) -> MBConvSpec:
-        """The same block whatever its input size."""
-        return replace(self, in_size=0)
 
     @property
     def expanded(self) -> int:
@@ -184,21 +170,15 @@ class MBConv(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class HeadSpec:
+class HeadSpec(BlockSpec):
     """1x1 convolution, pooling, 1x1 convolution without norm, classifier."""
 
     in_width: int
     expand_ratio: int
     width: int
     classes: int
-    in_size: int
 
     regulariser: ClassVar[str | None] = "dropout"
-
-    @property
-    def geometry(self) -> HeadSpec:
-        """The same block whatever its input size."""
-        return replace(self, in_size=0)
 
     def build(self, drop: float = 0.0) -> nn.Module:
         """A plain head; `drop` is the dropout rate before the classifier."""
@@ -209,7 +189,7 @@ class HeadSpec:
         ops = Operations(self.in_width, self.in_size)
         x = ops.swish(ops.conv(ops.input, self.expand_ratio * self.in_width, norm=True))
         x = ops.swish(ops.conv(ops.mean(x), self.width))
-        ops.linear(ops.pointwise("flatten", x), self.classes)
+        ops.linear(ops.flatten(x), self.classes)
         return ops
 
 
@@ -223,7 +203,7 @@ class Head(nn.Module):
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.widen = nn.Sequential(nn.Conv2d(wide, spec.width, 1, bias=False), nn.SiLU())
         self.drop = nn.Dropout(drop) if drop else nn.Identity()
-        self.classifier = nn.Linear(spec.width, spec.classes)
+        self.classifier = Classifier(spec.width, spec.classes)
 
     def forward(self, x_nchw: Tensor) -> Tensor:
         """Logits, shape (N, classes)."""
@@ -236,22 +216,12 @@ STAGE_CHOICES = ("width", "depth", "kernel_size", "expand_ratio")
 
 
 @dataclass(frozen=True)
-class MBConvFamily:
+class MBConvFamily(Family):
     """Slots of a chain: stem, stages of inverted residuals, head."""
 
     config: MBConvConfig
 
     zero_init: ClassVar[tuple[str, ...]] = ("project.norm.weight",)
-
-    @property
-    def classes(self) -> int:
-        """Outputs of the network."""
-        return self.config.classes
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of the images."""
-        return self.config.in_channels
 
     @cached_property
     def dimensions(self) -> tuple[Dimension, ...]:
@@ -271,23 +241,23 @@ class MBConvFamily:
         slots, before = [Slot("stem", (size, ("width", "stem.width")))], "stem.width"
         for number, stage in enumerate(self.config.stages, start=1):
             here = {name: f"stage{number}.{name}" for name in STAGE_CHOICES}
+            roles = [(name, dimension) for name, dimension in here.items() if name != "depth"]
             for index in range(max(stage.depth)):
                 in_width = ("in_width", before if index == 0 else here["width"])
-                slots.append(Slot(f"stage{number}_{index}", (size, in_width, *here.items())))
+                needs = (here["depth"], index + 1) if index else None
+                slots.append(Slot(f"stage{number}_{index}", (size, in_width, *roles), needs))
             before = here["width"]
         return (*slots, Slot("head", (size, ("in_width", before), ("width", "head.width"))))
 
-    def block(self, slot: Slot, choices: Mapping[str, Choice]) -> StemSpec | MBConvSpec | HeadSpec | None:
-        """The block in `slot`; None where the stage is shallower."""
+    def block(self, slot: Slot, choices: Mapping[str, Choice]) -> BlockSpec:
+        """The block in `slot`."""
         cast = slot.cast(choices)
         if slot.name == "stem":
-            return StemSpec(self.in_channels, cast["width"], self.config.stem.stride, cast["resolution"])
+            return StemSpec(self.in_channels, cast["width"], self.config.stem.stride, in_size=cast["resolution"])
         if slot.name == "head":
             size = self.size(cast["resolution"], len(self.config.stages))
-            return HeadSpec(cast["in_width"], self.config.head.expand_ratio, cast["width"], self.classes, size)
+            return HeadSpec(cast["in_width"], self.config.head.expand_ratio, cast["width"], self.classes, in_size=size)
         number, index = (int(part) for part in slot.name.removeprefix("stage").split("_"))
-        if index >= cast["depth"]:
-            return None
         stage = self.config.stages[number - 1]
         return MBConvSpec(
             in_width=cast["in_width"],

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from deploy.conformance import FamilySuite
 from supernet.space import Space, load_space
-from tests.conformance.family import FamilySuite
 
 
 class TestDigits(FamilySuite):

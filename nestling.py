@@ -21,7 +21,7 @@ from deploy import commands as deploy_commands
 from search import commands as search_commands
 from search.commands import BudgetTexts, SearchName, Threads
 from supernet import commands as supernet_commands
-from supernet.commands import Data, Device, Download, Epochs, Json, Out, Recipe, Root, Set, SpaceName, Workers
+from supernet.commands import Data, Device, Download, Epochs, Init, Json, Out, Recipe, Root, Set, SpaceName, Workers
 
 if TYPE_CHECKING:
     from deploy.bundle import Bundle
@@ -43,12 +43,13 @@ app = typer.Typer(
 
 def train(
     data: str | Path, *, out: str | Path, space: str | None = None, recipe: str | None = None, epochs: int | None = None,
-    overrides: Mapping[str, Any] | None = None, data_root: str | Path | None = None, download: bool = False, device: str = "auto",
-    workers: int = 0, resume: bool = False,
+    overrides: Mapping[str, Any] | None = None, init: str | None = None, data_root: str | Path | None = None, download: bool = False,
+    device: str = "auto", workers: int = 0, resume: bool = False,
 ) -> Run:  # fmt: skip
     """Train a supernet on a folder of images, an .npz file or a known set; returns the run in the directory `out`.
 
-    With `resume`, a run that is in `out` already is continued, bit-equal on a CPU. Raises `supernet.InputError`.
+    `init` names weights to begin with: timm:NAME, a safetensors file or another run's directory. With `resume`, a run that is in
+    `out` already is continued, bit-equal on a CPU. Raises `supernet.InputError`.
     """
     from supernet import device as devices
     from supernet import start as starting
@@ -57,10 +58,10 @@ def train(
     where, path = devices.choose(device), Path(out)
     if resume and (path / "config.json").exists():
         begun = starting.resume(path)
-        starting.refuse_other(begun.run, str(data), space=space, recipe=recipe, epochs=epochs, overrides=overrides)
+        starting.refuse_other(begun.run, str(data), space=space, recipe=recipe, epochs=epochs, overrides=overrides, init=init)
     else:
         begun = starting.start(str(data), path, space=space, recipe=recipe, epochs=epochs, overrides=overrides,
-                               root=Path(data_root) if data_root else None, download=download, device=where)  # fmt: skip
+                               root=Path(data_root) if data_root else None, download=download, device=where, init=init)  # fmt: skip
     train_run(begun.run, device=where, workers=workers)
     return begun.run
 
@@ -103,8 +104,9 @@ def export(child: Child, out: str | Path, *, split: str = "test") -> Bundle:
 
 def run(
     data: str | Path, *, out: str | Path, budgets: str | Sequence[str] = (), space: str | None = None, recipe: str | None = None,
-    epochs: int | None = None, overrides: Mapping[str, Any] | None = None, data_root: str | Path | None = None, download: bool = False,
-    device: str = "auto", workers: int = 0, threads: int = 1, settings: str = "default",
+    epochs: int | None = None, overrides: Mapping[str, Any] | None = None, init: str | None = None,
+    data_root: str | Path | None = None, download: bool = False, device: str = "auto", workers: int = 0, threads: int = 1,
+    settings: str = "default",
 ) -> dict[str, Any]:  # fmt: skip
     """The whole way: train, search, export, verify, report; returns the content of `out/result.json`.
 
@@ -114,7 +116,7 @@ def run(
 
     root, texts = Path(data_root) if data_root else None, (budgets,) if isinstance(budgets, str) else tuple(budgets)
     way = Whole(
-        str(data), Path(out), texts, space, recipe, epochs, overrides, root, download, device, workers, threads, settings
+        str(data), Path(out), texts, space, recipe, epochs, overrides, root, download, device, workers, threads, settings, init
     )  # fmt: skip
     return walk(way)
 
@@ -150,8 +152,8 @@ def _whole_way(way: Whole, as_json: bool) -> None:
 @app.command("run", epilog="Example: nestling run --data photos/ --budget 'latency_ms<=8' --out runs/photos")
 def run_command(
     data: Data, out: Out, budget: BudgetTexts = None, space: SpaceName = None, recipe: Recipe = None, epochs: Epochs = None,
-    set_: Set = None, data_root: Root = None, download: Download = False, device: Device = "auto", workers: Workers = 0,
-    threads: Threads = 1, search_config: SearchName = "default", as_json: Json = False,
+    set_: Set = None, init: Init = None, data_root: Root = None, download: Download = False, device: Device = "auto",
+    workers: Workers = 0, threads: Threads = 1, search_config: SearchName = "default", as_json: Json = False,
 ) -> None:  # fmt: skip
     """The whole way: train, search within the budgets, export, verify, report. Run again, it continues where it stopped."""
     from search.whole import Whole
@@ -159,7 +161,7 @@ def run_command(
 
     _whole_way(
         Whole(data, out, tuple(budget or ()), space, recipe, epochs, parse_overrides(set_ or []), data_root, download, device, workers,
-              threads, search_config),
+              threads, search_config, init),
         as_json,
     )  # fmt: skip
 

@@ -24,7 +24,6 @@ from supernet import durable
 from supernet import start as starting
 from supernet.commands import train_shown
 from supernet.console import Display
-from supernet.errors import InputError
 from supernet.run import Run
 from supernet.space import Space
 from supernet.task import Estimate
@@ -47,6 +46,8 @@ class Whole:
     workers: int = 0
     threads: int = 1
     search: str = "default"
+    init: str | None = None
+    """Where the initial weights are from (`supernet.warm.read_donor`)."""
     middle: bool = False
     """The budget is the middle between the measured latencies of the smallest and the largest child."""
 
@@ -87,17 +88,14 @@ class _Way:
         way = self.way
         if (way.out / "config.json").exists():
             begun = starting.resume(way.out)
-            if not _continues(way, begun.run):
-                raise InputError(
-                    f"{way.out} holds a run of other data or options: choose another --out, or repeat the command that began it"
-                )
+            starting.refuse_other(begun.run, way.data, space=way.space, recipe=way.recipe, epochs=way.epochs, overrides=way.overrides,
+                                  init=way.init)  # fmt: skip
             self._refuse_impossible(begun.run.space)
         else:
             begun = starting.start(
                 way.data, way.out, space=way.space, recipe=way.recipe, epochs=way.epochs, overrides=way.overrides, root=way.data_root,
-                download=way.download, device=self.device, check=self._refuse_impossible,
+                download=way.download, device=self.device, init=way.init, check=self._refuse_impossible,
             )  # fmt: skip
-            _remember(begun.run, [way.data, way.space, way.recipe, way.epochs, dict(way.overrides or {})])
         for reason in begun.reasons:
             self.display.say(reason)
         train_shown(begun.run, self.device, way.workers, self.display)
@@ -187,31 +185,6 @@ def _seconds_before(out: Path) -> dict[str, float]:
 
 def _three(found: Found) -> dict[str, Child]:
     return {"chosen": found.best, "smallest": found.smallest, "largest": found.largest}
-
-
-def _continues(way: Whole, run: Run) -> bool:
-    """Whether `way` is the one that began this run; of a run that `nestling train` began, only data and epochs can be compared."""
-    asked = _asked(run)
-    if asked is not None:
-        return asked == [way.data, way.space, way.recipe, way.epochs, dict(way.overrides or {})]
-    same_data = run.data["name"] in {way.data, str(Path(way.data).expanduser().resolve())}
-    return same_data and way.epochs in {None, run.recipe.epochs}
-
-
-def _asked(run: Run) -> list[Any] | None:
-    """What `nestling run` was asked for when it began this run; None for a run that `nestling train` began."""
-    path = run.path / "asked.json"
-    try:
-        return list(json.loads(path.read_text())) if path.is_file() else None
-    except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(
-            f"{path} is damaged ({error}): restore it, or remove it if --data is what the run began with"
-        ) from error
-
-
-def _remember(run: Run, asked: list[Any]) -> None:
-
-    durable.write_json(run.path / "asked.json", asked)
 
 
 def _result(run: Run, found: Found, tested: Mapping[str, Estimate], seconds: Mapping[str, float]) -> dict[str, Any]:

@@ -33,6 +33,12 @@ Set = Annotated[
 ]
 Root = Annotated[Path | None, typer.Option("--data-root", help="Where torchvision's sets lie.")]
 Download = Annotated[bool, typer.Option("--download", help="Allow torchvision to download its set into --data-root.")]
+Init = Annotated[
+    str | None,
+    typer.Option(
+        "--init", help="Begin with trained weights: timm:NAME (fetched by timm), a .safetensors file, or another run."
+    ),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that decode training images.")]
 
@@ -120,7 +126,7 @@ def describe(
 
 def train(
     out: Out, data: Data = "", space: SpaceName = None, recipe: Recipe = None, epochs: Epochs = None, set_: Set = None,
-    data_root: Root = None, download: Download = False, device: Device = "auto", workers: Workers = 0,
+    init: Init = None, data_root: Root = None, download: Download = False, device: Device = "auto", workers: Workers = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its last whole checkpoint.")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -133,16 +139,15 @@ def train(
 
     where = devices.choose(device)
     if resume:
-        if data or space or recipe or epochs or set_:
-            raise InputError(
-                "--resume continues the run as it was configured: leave out --data, --space, --recipe, --epochs and --set"
-            )
+        if data or space or recipe or epochs or set_ or init:
+            raise InputError("--resume continues the run as it was configured: leave out --data, --space, --recipe, --epochs, --set "
+                             "and --init")  # fmt: skip
         begun = starting.resume(out)
     elif not data:
         raise InputError("give the images with --data (a folder, an .npz file, or the name of a known set), or --resume")
     else:
         begun = starting.start(data, out, space=space, recipe=recipe, epochs=epochs, overrides=parse_overrides(set_ or []),
-                               root=data_root, download=download, device=where)  # fmt: skip
+                               root=data_root, download=download, device=where, init=init)  # fmt: skip
     display = Display()
     for reason in begun.reasons:
         display.say(reason)

@@ -1,6 +1,7 @@
 """A run directory: what was asked for, on what machine, what was learnt, and who looked at the test images.
 
-`config.json` (resolved, complete), `environment.json`, `splits.json`, `metrics.jsonl`, `checkpoints/`, `test_reads.jsonl`.
+`config.json` (resolved, complete), `environment.json`, `splits.json`, `metrics.jsonl`, `checkpoints/`, `test_reads.jsonl`,
+and `init/` where training began with the weights of another network.
 Every stage after training needs nothing but this directory and the data.
 """
 
@@ -29,6 +30,7 @@ from supernet.model import Supernet
 from supernet.recipe import TrainConfig
 from supernet.space import Space
 from supernet.task import TASKS, Task
+from supernet.warm import Donor, load_donor, save_donor
 
 FORMAT = 1
 DATA = ("name", "root", "fingerprint", "classes", "channels", "mean", "std")
@@ -44,10 +46,17 @@ class Run:
     recipe: TrainConfig
     data: dict[str, Any]
     task: Task
+    init: dict[str, Any] | None = None
+    """Where the initial weights are from; they lie in `init/`. None: drawn at random."""
 
     @classmethod
-    def create(cls, path: Path, space: Space, recipe: TrainConfig, source: Source, *, root: Path | None = None) -> Run:
-        """Divide the data, measure its channels and write the directory. Raises `InputError` where a run is there already."""
+    def create(
+        cls, path: Path, space: Space, recipe: TrainConfig, source: Source, *, root: Path | None = None, donor: Donor | None = None
+    ) -> Run:  # fmt: skip
+        """Divide the data, measure its channels and write the directory, with the weights of `donor` where training begins there.
+
+        Raises `InputError` where a run is there already.
+        """
         if (path / "config.json").exists():
             raise InputError(f"{path} holds a run already: continue it with --resume, or choose another --out")
         if (path / "checkpoints").exists():
@@ -61,9 +70,10 @@ class Run:
             path / "splits.json", json.dumps(splits.to_json_dict(source)) + "\n"
         )  # one line: it lists every image
         durable.write_json(path / "environment.json", environment())
+        init = {"init": save_donor(path / "init", donor)} if donor else {}
         durable.write_json(path / "config.json", {
             "format": FORMAT, "task": "classification", "space": dict(space.definition), "recipe": recipe.model_dump(mode="json"),
-            "data": data,
+            "data": data, **init,
         })  # last: a run is one that has its config  # fmt: skip
         run = cls.open(path)
         run.__dict__["source"] = source  # it is open already
@@ -87,12 +97,22 @@ class Run:
         missing += [] if "data" in missing else [f"data.{name}" for name in DATA if name not in value["data"]]
         if missing:
             raise InputError(f"{file} is incomplete (missing: {missing}): restore it, or start a new run")
+        init = value.get("init")
+        if init is not None and not (isinstance(init, dict) and {"source", "nested", "resolution", "sha256"} <= init.keys()):
+            raise InputError(f"{file}: init is incomplete: restore it, or start a new run")
         if value["task"] not in TASKS:
             raise InputError(
                 f"{file}: task must be one of {sorted(TASKS)}, but got {value['task']!r}: use the version that wrote it"
             )
         recipe = config.parse(TrainConfig, value["recipe"], f"{file}: recipe")
-        return cls(path, Space.from_definition(value["space"], f"{file}: space"), recipe, value["data"], TASKS[value["task"]]())
+        return cls(
+            path,
+            Space.from_definition(value["space"], f"{file}: space"),
+            recipe,
+            value["data"],
+            TASKS[value["task"]](),
+            value.get("init"),
+        )
 
     @cached_property
     def source(self) -> Source:
@@ -129,6 +149,11 @@ class Run:
     def test_reads(self) -> int:
         """How often the test split was read."""
         return len(durable.read_lines(self.path / "test_reads.jsonl"))
+
+    @property
+    def donor(self) -> Donor | None:
+        """The weights that training begins with. Raises `InputError` where their file changed."""
+        return load_donor(self.path / "init", self.init) if self.init else None
 
     @property
     def checkpoints(self) -> Path:

@@ -11,9 +11,11 @@ from supernet import defaults
 from supernet.data.sources import Source, open_source, unreadable
 from supernet.data.splits import divide
 from supernet.errors import InputError
+from supernet.model import Supernet
 from supernet.recipe import TrainConfig, load_recipe
 from supernet.run import Run
 from supernet.space import Space, load_space
+from supernet.warm import fill, read_donor
 
 MOST_CHECKED = 50_000
 """Image files decoded before a run begins, so that a damaged one is not found after an hour; larger sets are read as they come."""
@@ -30,11 +32,12 @@ class Start:
 def start(
     data: str, out: Path, *, space: str | None = None, recipe: str | None = None, epochs: int | None = None,
     overrides: Mapping[str, Any] | None = None, root: Path | None = None, download: bool = False, device: str = "cpu",
-    check: Callable[[Space], None] = lambda _: None,
+    init: str | None = None, check: Callable[[Space], None] = lambda _: None,
 ) -> Start:  # fmt: skip
     """Begin a run. `space` and `recipe` are names or YAML files; what is None is chosen from the data and the device.
 
-    `check` may refuse the space. Raises `InputError` for data, space or recipe that cannot be used, before anything is written.
+    `init` names the weights to begin with (`supernet.warm.read_donor`). `check` may refuse the space. Raises `InputError` for data,
+    space, recipe or weights that cannot be used, before anything is written.
     """
     if (out / "config.json").exists():
         raise InputError(f"{out} holds a run already: continue it with --resume, or choose another --out")
@@ -47,8 +50,10 @@ def start(
     if recipe is None and "epochs" not in given:
         config = config.model_copy(update={"epochs": defaults.epochs_for(made, _to_train(source), device, config.children)})
     check(made)
-    run = Run.create(out, made, config, source, root=root)
-    return Start(run, tuple(_told(run, why)))
+    donor = read_donor(made, init) if init else None
+    taken = fill(Supernet(made), donor).told() if donor else []  # what does not fit is an error before anything is written
+    run = Run.create(out, made, config, source, root=root, donor=donor)
+    return Start(run, (*_told(run, why), *taken))
 
 
 def resume(out: Path) -> Start:
@@ -59,18 +64,19 @@ def resume(out: Path) -> Start:
 
 
 def refuse_other(
-    run: Run, data: str, *, space: str | None, recipe: str | None, epochs: int | None, overrides: Mapping[str, Any] | None
-) -> None:
+    run: Run, data: str, *, space: str | None = None, recipe: str | None = None, epochs: int | None = None,
+    overrides: Mapping[str, Any] | None = None, init: str | None = None,
+) -> None:  # fmt: skip
     """Raise `InputError` where a run that is taken up was begun with other data or options than are asked for now."""
     same_data = run.data["name"] in {data, str(Path(data).expanduser().resolve())}
     same_space = (
         space is None or load_space(space, classes=len(run.classes), in_channels=run.data["channels"]).key == run.space.key
     )
     same_recipe = recipe is None or load_recipe(recipe).name == run.recipe.name
-    if not (same_data and same_space and same_recipe):
-        raise InputError(
-            f"{run.path} holds a run of other data, space or recipe: choose another --out, or leave these options out"
-        )
+    same_init = init is None or (run.init or {}).get("source") == init
+    if not (same_data and same_space and same_recipe and same_init):
+        raise InputError(f"{run.path} holds a run of other data, space, recipe or initial weights: choose another --out, or leave "
+                         "these options out")  # fmt: skip
     asked = {**(overrides or {}), **({"epochs": epochs} if epochs is not None else {})}
     other = [key for key, value in asked.items() if _value(run.recipe, key) != value]
     if other:

@@ -27,6 +27,7 @@ from supernet.run import Run, load_weights
 from supernet.sandwich import sandwich, step_rng
 from supernet.schedule import learning_rate
 from supernet.step import ChildResult, StepConfig, normalised, train_step
+from supernet.warm import fill, record
 
 SAVE_SECONDS = 300.0
 """Longest time between checkpoints; there is also one at the end of an epoch when the last is `SAVE_EPOCH_SECONDS` old."""
@@ -150,6 +151,9 @@ class _Training:
                     f"no checkpoint of {self.run.path} is whole ({checkpoint.verify(torn[-1])}): start a new run with another --out"
                 )
             log.unlink(missing_ok=True)
+            donor = self.run.donor
+            if donor:
+                record(self.run.path / "init", fill(self.supernet, donor))
             return 0
         saved = checkpoint.load(path)
         load_weights(self.supernet, saved)

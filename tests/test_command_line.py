@@ -352,7 +352,6 @@ DAMAGE: dict[str, tuple[str, tuple[str, ...]]] = {
     "model": ("bundle/model.onnx", ("predict", "{}/bundle", "x.png")),
     "environment": ("searched/environment.json", ("report", "{}/searched")),
     "result": ("searched/result.json", ("report", "{}/searched")),
-    "what was asked": ("searched/asked.json", ("run", "--data", "x", "--out", "{}/searched")),
 }
 CONTENTS = {
     "half": None,
@@ -473,14 +472,15 @@ def test_the_whole_way_and_once_more(
 def test_the_whole_way_refuses_to_continue_with_other_data_or_options(
     command: Command, searched_copy: Run, easy_npz: Path, tmp_path: Path, fake_clock: None, tiny_search: Path
 ) -> None:
-    (searched_copy.path / "asked.json").write_text(json.dumps([str(easy_npz), None, None, 3, {}]))
     same = ("run", "--data", easy_npz, "--out", searched_copy.path, "--search", tiny_search, "--budget", "macs<=10")
     assert "smallest reachable" in assert_a_mistake(command(*same, "--epochs", "3"))
-    for other in (("--epochs", "4"), (), ("--epochs", "3", "--space", "digits"), ("--epochs", "3", "--set", "seed=1")):
-        assert "other data or options" in assert_a_mistake(command(*same, *other))
+    for other in (("--epochs", "4"), ("--epochs", "3", "--set", "seed=1")):
+        assert "is continued as it was configured" in assert_a_mistake(command(*same, *other))
+    for other in (("--space", "cifar-mbconv"), ("--recipe", "cifar"), ("--init", "timm:resnet50d")):
+        assert "other data, space, recipe or initial weights" in assert_a_mistake(command(*same, *other))
     shutil.copy(easy_npz, tmp_path / "other.npz")
     elsewhere = ("run", "--data", tmp_path / "other.npz", "--out", searched_copy.path, "--epochs", "3")
-    assert "other data or options" in assert_a_mistake(command(*elsewhere))
+    assert "other data" in assert_a_mistake(command(*elsewhere))
 
 
 def test_a_run_that_train_began_is_not_taken_for_one_of_other_data(

@@ -26,6 +26,14 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 pytest.register_assert_rewrite("deploy.conformance")
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long tests of the conformance suite are slow here; whoever runs it over a family of their own runs them all."""
+    for item in items:
+        if "for_200_children" in item.name:
+            item.add_marker(pytest.mark.slow)
+
+
 if TYPE_CHECKING:
     import onnx
 

@@ -127,17 +127,19 @@ def run(
 def _whole_way(way: Whole, as_json: bool) -> None:
     from search.whole import walk
     from supernet.console import Display, print_json, print_table
+    from supernet.task import task_named
 
     result = walk(way, Display())
     if as_json:
         print_json(result)
         return
-    rows, metric = [], result["metric"]
+    rows, metric, show = [], result["metric"], task_named(result["task"]).show
     for name in ("chosen", "smallest", "largest"):
         child = result[name]
         predicted = child["predicted_latency_ms"]
         rows.append({
-            "child": name, f"{metric} (test)": f"{child[metric]:.2%} ({child[f'{metric}_low']:.2%} to {child[f'{metric}_high']:.2%})",
+            "child": name,
+            f"{metric} (test)": f"{show(child[metric])} ({show(child[f'{metric}_low'])} to {show(child[f'{metric}_high'])})",
             "macs": child["macs"], "params": child["params"], "predicted ms": f"{predicted:.4g}" if predicted is not None else "-",
             "measured latency_ms": f"{child['latency_ms']:.4g} ({child['latency_ms_low']:.4g} to {child['latency_ms_high']:.4g})",
         })  # fmt: skip

@@ -12,6 +12,7 @@ import onnx
 from deploy import verify
 from deploy.bundle import Bundle
 from deploy.predict import check
+from deploy.ship import classes_of
 from supernet.costs import arch_costs
 from supernet.errors import InputError
 from supernet.run import Run
@@ -29,19 +30,19 @@ def verify_again(path: Path, run: Path | None, images: Path | None) -> dict[str,
         result |= _against_run(bundle, Run.open(run))
     if images is not None:
         try:
-            count, right, differ = check(bundle.predictor, images)
+            done = check(bundle.predictor, images)
         except ValueError as error:
             raise InputError(f"{error}; --images is the folder that the names in images.json are relative to") from error
-        if differ:
+        if done.differ:
             raise verify.VerificationError(
-                f"{len(differ)} of {count} images are predicted otherwise than at export, first {differ[0]}"
+                f"{len(done.differ)} of {done.images} images are predicted otherwise than at export, first {done.differ[0]}"
             )
         metric = str(bundle.fact("accuracy", "metric"))
-        if (count, right / max(1, count)) != (bundle.fact("accuracy", "images"), bundle.fact("accuracy", metric)):
+        if not done.is_the_manifests(dict(bundle.manifest)):
             raise verify.VerificationError(
-                f"{metric} is {right} of {count} images, but the manifest says {bundle.fact('accuracy')}"
+                f"{metric} is {done.score:.6g} on {done.images} images, but the manifest says {bundle.fact('accuracy')}"
             )
-        result |= {"images": count, metric: right / max(1, count)}
+        result |= {"images": done.images, metric: done.score}
     return result
 
 
@@ -57,7 +58,9 @@ def _against_run(bundle: Bundle, run: Run) -> dict[str, Any]:
     """Repeat the proof on the confirm images (the test split is not read again)."""
     if bundle.fact("training", "weights_sha256") != run.weights_hash:
         raise InputError(f"{bundle.path} was exported from other weights than {run.path} has now: give the run that it is from")
-    if bundle.classes != list(run.classes):
+    if bundle.task != run.task.name:
+        raise verify.VerificationError(f"{bundle.path} is of the task {bundle.task}, but {run.path} learnt {run.task.name}")
+    if bundle.classes != classes_of(run):
         raise verify.VerificationError(f"the classes of {bundle.path} are not those of {run.path} in their order")
     evaluator, choices = run.evaluator(), bundle.fact("arch")
     if not isinstance(choices, Mapping):
@@ -73,8 +76,8 @@ def _against_run(bundle: Bundle, run: Run) -> dict[str, Any]:
     if wrong:
         raise verify.VerificationError(f"the manifest of {bundle.path} says another {wrong[0]} than {run.path} has")
     child_images, child_difference = verify.child_equals_extracted(evaluator, arch)
-    found, difference, largest, agreement = verify.onnx_equals_torch(
-        bundle.predictor, evaluator.calibrated(arch), run.space.resolution(arch), confirm, run.path / "images"
+    found = verify.onnx_equals_torch(
+        bundle.predictor, evaluator.calibrated(arch), run.space.resolution(arch), confirm, run.path / "images", run.task
     )
-    parity = verify.Parity(child_images, child_difference, len(confirm), difference, largest, agreement)
-    return {**parity.as_dict(), f"confirm_{run.task.metric}": float((found == confirm.labels).mean())}
+    parity = verify.Parity(child_images, child_difference, len(confirm), found.difference, found.largest, found.agreement)
+    return {**parity.as_dict(), f"confirm_{run.task.metric}": run.task.estimate(found.scores).value}

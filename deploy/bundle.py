@@ -91,7 +91,10 @@ class Bundle:
             raise InputError(str(error)) from error
 
     def predict(self, images: Picture | Iterable[Picture]) -> NDArray[np.float32]:
-        """Probabilities, shape (images, classes), of image files or images. Raises `InputError` for a file that cannot be read."""
+        """Probabilities, shape (images, classes), of image files or images; of a regression, pixels in 0..1, shape (images, H, W, C).
+
+        Raises `InputError` for a file that cannot be read.
+        """
         given = [images] if isinstance(images, str | os.PathLike | Image.Image) else list(images)
         if not all(isinstance(image, str | os.PathLike | Image.Image) for image in given):
             raise InputError("images are paths or Pillow images: turn an array into one with PIL.Image.fromarray")
@@ -102,8 +105,13 @@ class Bundle:
 
     @property
     def classes(self) -> list[str]:
-        """Class names in the order of the outputs."""
+        """Class names in the order of the outputs; none where nothing is classified."""
         return list(self.manifest["classes"])
+
+    @property
+    def task(self) -> str:
+        """What the model learnt, by its name in `deploy.predict.OUTPUTS`."""
+        return str(self.manifest.get("task", "classification"))
 
 
 def refuse_foreign(out: Path) -> None:

@@ -6,21 +6,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from supernet.space import Space
+from supernet.task import task_named
 
 
 def card(manifest: Mapping[str, Any], space: Space) -> str:
     """Markdown of a manifest."""
     accuracy, parity, preprocessing = manifest["accuracy"], manifest["parity"], manifest["preprocessing"]
-    metric = accuracy["metric"]
+    metric, task = accuracy["metric"], manifest.get("task", "classification")
+    show, classifies = task_named(task).show, task == "classification"
+    kind = f"An image classifier for {len(manifest['classes'])} classes" if classifies else "A network from images to images"
+    outputs, meaning = ("logits", "logits") if classifies else ("outputs", "an image, normalised as the input")
     lines = [
         f"# Child {manifest['key']} of {plain(manifest['space']['name'])}",
         "",
-        f"An image classifier for {len(manifest['classes'])} classes from one weight-sharing supernet, not retrained.",
+        f"{kind} from one weight-sharing supernet, not retrained.",
         "",
         "| | |",
         "|---|---|",
-        f"| {metric} | {accuracy[metric]:.2%} (95 %: {accuracy['low']:.2%} to {accuracy['high']:.2%}) on {accuracy['images']} images "
-        f"of the {accuracy['split']} split |",
+        f"| {metric} | {show(accuracy[metric])} (95 %: {show(accuracy['low'])} to {show(accuracy['high'])}) on {accuracy['images']} "
+        f"images of the {accuracy['split']} split |",
         f"| multiply-accumulates | {manifest['macs']:,} |",
         f"| parameters | {manifest['params']:,} |",
         f"| peak activation memory | {manifest['peak_memory_bytes']:,} bytes (fp32, batch 1) |",
@@ -31,13 +35,13 @@ def card(manifest: Mapping[str, Any], space: Space) -> str:
             for entry in manifest["latency"]
         ),
         f"| input | `{manifest['input']['name']}` {manifest['input']['shape']}, {manifest['input']['type']}, normalised |",
-        f"| output | `{manifest['output']['name']}` {manifest['output']['shape']}: logits |",
+        f"| output | `{manifest['output']['name']}` {manifest['output']['shape']}: {meaning} |",
         f"| format | ONNX opset {manifest['opset']}, {manifest['precision']}, batch norm folded |",
         "",
         "## Use",
         "",
         "    pip install onnxruntime numpy pillow",
-        "    python predict.py IMAGE...",
+        "    python predict.py IMAGE..." if classifies else "    python predict.py IMAGE... --out FOLDER",
         "",
         "## Preprocessing",
         "",
@@ -50,17 +54,22 @@ def card(manifest: Mapping[str, Any], space: Space) -> str:
         "",
         "## Verified at export",
         "",
-        f"* Supernet child and extracted child: logits differ by {parity['child_difference']:.2e}, {parity['child_images']} images.",
+        f"* Supernet child and extracted child: {outputs} differ by {parity['child_difference']:.2e}, {parity['child_images']} images.",
         f"* torch and ONNX Runtime, from image files: at most {parity['onnx_difference']:.2e} on {parity['onnx_images']} images, where "
-        f"logits reach {parity['largest_logit']:.3g}; the same class on {parity['agreement']:.2%}.",
-        "* `images.json` lists every image with its label and prediction; `python predict.py --check FOLDER` repeats them.",
-        "",
-        "## Classes",
-        "",
-        ", ".join(f"`{plain(name)}`" for name in manifest["classes"]),
+        f"{outputs} reach {_reach(parity)}.",
+        f"* `images.json` lists every image with its {'label and prediction' if classifies else metric}; "
+        "`python predict.py --check FOLDER` repeats them.",
         "",
     ]
+    if classifies:
+        lines += ["## Classes", "", ", ".join(f"`{plain(name)}`" for name in manifest["classes"]), ""]
     return "\n".join(lines)
+
+
+def _reach(parity: Mapping[str, Any]) -> str:
+    if "agreement" in parity:
+        return f"{parity['largest_logit']:.3g}; the same class on {parity['agreement']:.2%}"
+    return f"{parity['largest_output']:.3g}: {parity['relative_difference']:.2e} of the largest"
 
 
 def architecture(manifest: Mapping[str, Any], space: Space) -> list[str]:

@@ -45,11 +45,17 @@ def export(
         print_json({"bundle": str(bundle.path), **_short(bundle.manifest)})
         return
     accuracy, parity = bundle.manifest["accuracy"], bundle.manifest["parity"]
-    print(f"{bundle.path}: child {chosen.key}, {accuracy['metric']} {accuracy[accuracy['metric']]:.2%} "
-          f"({accuracy['low']:.2%} to {accuracy['high']:.2%}) on {accuracy['images']} {accuracy['split']} images")  # fmt: skip
+    show, classifies = found.task.show, "agreement" in parity
+    print(f"{bundle.path}: child {chosen.key}, {accuracy['metric']} {show(accuracy[accuracy['metric']])} "
+          f"({show(accuracy['low'])} to {show(accuracy['high'])}) on {accuracy['images']} {accuracy['split']} images")  # fmt: skip
+    proof = (
+        f"same class on {parity['agreement']:.2%} of"
+        if classifies
+        else f"{parity['relative_difference']:.2e} of the largest, on"
+    )
     print(f"verified: supernet child to extracted child {parity['child_difference']:.2e}, torch to ONNX Runtime "
-          f"{parity['onnx_difference']:.2e}, same class on {parity['agreement']:.2%} of {parity['onnx_images']} images")  # fmt: skip
-    print(f"Next: nestling predict {bundle.path} IMAGE")
+          f"{parity['onnx_difference']:.2e}, {proof} {parity['onnx_images']} images")  # fmt: skip
+    print(f"Next: nestling predict {bundle.path} IMAGE" + ("" if classifies else " --out FOLDER"))
 
 
 def verify(
@@ -81,15 +87,16 @@ def predict(
     bundle: BundlePath,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
     top: Annotated[int, typer.Option("--top", min=1, help="Classes printed for each image.")] = 3,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the images that a regression makes.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each image.")] = False,
 ) -> None:
-    """Print classes and probabilities of images, with ONNX Runtime, NumPy and Pillow alone."""
+    """Print classes and probabilities of images, or make images of images, with ONNX Runtime, NumPy and Pillow alone."""
     from deploy import predict as predicting
     from supernet.errors import InputError
 
     try:
         predictor = predicting.Predictor(bundle)
-        predicting.report(predictor, [str(image) for image in images], top, as_json)
+        predicting.report(predictor, [str(image) for image in images], top, as_json, out)
     except ValueError as error:
         raise InputError(str(error)) from error
 

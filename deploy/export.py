@@ -18,17 +18,18 @@ OPSET = 20
 INPUT, OUTPUT = "images", "logits"
 
 
-def to_onnx(network: nn.Module, *, channels: int, resolution: int) -> onnx.ModelProto:
+def to_onnx(network: nn.Module, *, channels: int, resolution: int, output: str = OUTPUT) -> onnx.ModelProto:
     """Export a calibrated network in evaluation mode.
 
-    Input `images`: fp32, shape (batch, channels, resolution, resolution), normalised. Output `logits`: fp32, (batch, classes).
+    Input `images`: fp32, shape (batch, channels, resolution, resolution), normalised. Output `output`: fp32, (batch, classes) of
+    a classifier.
     Raises `ValueError` where batch norm is left over, and what torch raises where an operator has no ONNX form.
     """
     plain = folded(network).to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     example = torch.zeros(2, channels, resolution, resolution)  # a batch of 1 would be baked in
     with _quiet():
         program = torch.onnx.export(
-            plain, (example,), dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[OUTPUT],
+            plain, (example,), dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[output],
             dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False, verbose=False,
         )  # fmt: skip
     assert program is not None

@@ -7,13 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from deploy import verify
 from deploy.bundle import Bundle, being_written, refuse_foreign, write_manifest, write_model
 from deploy.card import card
-from deploy.export import INPUT, OPSET, OUTPUT, to_onnx
-from deploy.predict import FORMAT, Predictor
+from deploy.export import INPUT, OPSET, to_onnx
+from deploy.predict import FORMAT, OUTPUTS, Predictor
 from supernet import durable
 from supernet.arch import Arch
 from supernet.costs import arch_costs
@@ -21,7 +19,6 @@ from supernet.data.dataset import SplitImages
 from supernet.errors import InputError
 from supernet.evaluate import Evaluator
 from supernet.run import Run, environment
-from supernet.task import Scores
 
 
 def ship(
@@ -38,29 +35,25 @@ def ship(
         raise InputError(
             f"the accuracy of a bundle is of the split test or confirm, which no search compares on, but got {split!r}"
         )
-    if run.task.name != "classification":
+    if run.task.name not in OUTPUTS:
         raise InputError(
-            f"bundles are of classifiers so far, but {run.path} learnt {run.task.name}: use its children from Python"
+            f"bundles are of the tasks {', '.join(OUTPUTS)}, but {run.path} learnt {run.task.name}: use its children from Python"
         )
     refuse_foreign(out)  # before the test split is read
     evaluator = evaluator or run.evaluator()
     images = run.test_images(f"export of {arch.key}") if split == "test" else run.dataset.split(split)
     resolution = run.space.resolution(arch)
     network = evaluator.calibrated(arch).cpu()
-    model = to_onnx(network, channels=run.space.family.in_channels, resolution=resolution)
+    model = to_onnx(network, channels=run.space.family.in_channels, resolution=resolution, output=OUTPUTS[run.task.name])
     manifest = _facts(run, arch, images)
     manifest["latency"] = [dict(entry) for entry in latencies]
     with being_written(out) as draft:
         write_model(draft, model.SerializeToString(), manifest)
         child_images, child_difference = verify.child_equals_extracted(evaluator, arch)
-        found, difference, largest, agreement = verify.onnx_equals_torch(
-            Predictor(draft), network, resolution, images, run.path / "images"
-        )
-        manifest["parity"] = verify.Parity(
-            child_images, child_difference, len(images), difference, largest, agreement
-        ).as_dict()
-        scores: Scores = found == images.labels
-        estimate = run.task.estimate(scores)
+        found = verify.onnx_equals_torch(Predictor(draft), network, resolution, images, run.path / "images", run.task)
+        parity = verify.Parity(child_images, child_difference, len(images), found.difference, found.largest, found.agreement)
+        manifest["parity"] = parity.as_dict()
+        estimate = run.task.estimate(found.scores)
         manifest["accuracy"] = {
             "metric": run.task.metric, "split": split, "images": estimate.images, run.task.metric: estimate.value,
             "low": estimate.low, "high": estimate.high,
@@ -84,6 +77,8 @@ def shipped_already(run: Run, arch: Arch, out: Path, latencies: Sequence[Mapping
 
 def _facts(run: Run, arch: Arch, images: SplitImages) -> dict[str, Any]:
     resolution, channels = run.space.resolution(arch), run.space.family.in_channels
+    image = [channels, resolution, resolution]
+    made = [len(run.classes)] if run.task.name == "classification" else image
     return {
         "format": FORMAT,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -91,9 +86,10 @@ def _facts(run: Run, arch: Arch, images: SplitImages) -> dict[str, Any]:
         "arch": arch.as_dict(),
         "space": dict(run.space.definition),
         **arch_costs(run.space, arch),
-        "classes": list(run.classes),
-        "input": {"name": INPUT, "shape": ["batch", channels, resolution, resolution], "type": "float32", "layout": "NCHW"},
-        "output": {"name": OUTPUT, "shape": ["batch", len(run.classes)], "type": "float32"},
+        "task": run.task.name,
+        "classes": classes_of(run),
+        "input": {"name": INPUT, "shape": ["batch", *image], "type": "float32", "layout": "NCHW"},
+        "output": {"name": OUTPUTS[run.task.name], "shape": ["batch", *made], "type": "float32"},
         "opset": OPSET,
         "precision": "fp32",
         "preprocessing": images.preprocessing(resolution).as_dict(),
@@ -111,9 +107,22 @@ def _facts(run: Run, arch: Arch, images: SplitImages) -> dict[str, Any]:
     }
 
 
-def _write_images(path: Path, run: Run, images: SplitImages, found: np.ndarray[Any, Any]) -> None:
-    rows = [
-        {"image": identity, "label": run.classes[label], "predicted": run.classes[guess]}
-        for identity, label, guess in zip(images.identities, images.labels, found, strict=True)
-    ]
+def classes_of(run: Run) -> list[str]:
+    """Class names in the order of a bundle's outputs; none where nothing is classified, whatever the data has."""
+    return list(run.classes) if run.task.name == "classification" else []
+
+
+def _write_images(path: Path, run: Run, images: SplitImages, found: verify.FromFiles) -> None:
+    """Every image with its label and prediction, or with its score where nothing is classified."""
+    rows: list[dict[str, Any]]
+    if found.classes is None:
+        rows = [
+            {"image": identity, run.task.metric: float(score)}
+            for identity, score in zip(images.identities, found.scores, strict=True)
+        ]
+    else:
+        rows = [
+            {"image": identity, "label": run.classes[label], "predicted": run.classes[guess]}
+            for identity, label, guess in zip(images.identities, images.labels, found.classes, strict=True)
+        ]
     durable.write_json(path, {"format": 1, "split": images.name, "images": rows})

@@ -1,6 +1,6 @@
 """Proof that what is shipped is what was found: supernet child == extracted child == ONNX Runtime, from real image files.
 
-Axes: N images, K classes.
+Axes: N images, K classes; outputs are logits (N, K) or images (N, C, H, W).
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from supernet.errors import InputError
 from supernet.evaluate import Evaluator
 from supernet.preprocess import open_image
 from supernet.step import normalised
+from supernet.task import Scores, Task
 
 TOLERANCE = 1e-4
-"""Largest difference of a logit, relative to the largest logit (but at least to 1): rounding of fp32 through a deep network."""
+"""Largest difference of an output, relative to the largest (but at least to 1): rounding of fp32 through a deep network."""
 CHILD_IMAGES = 64
 
 
@@ -37,7 +38,7 @@ class VerificationError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """Differences of logits, and agreement of decisions, between the forms of one child."""
+    """Differences of outputs, and agreement of decisions, between the forms of one child."""
 
     child_images: int
     child_difference: float
@@ -45,17 +46,34 @@ class Parity:
     onnx_images: int
     onnx_difference: float
     """The same between the extracted child, calibrated, and ONNX Runtime from image files."""
-    largest_logit: float
-    agreement: float
-    """Fraction of images with the same class."""
+    largest_output: float
+    agreement: float | None
+    """Fraction of images with the same class; None where nothing is classified."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For the manifest."""
-        return asdict(self)
+        """For the manifest. Of a classifier with largest logit and agreement, else with largest output and relative difference."""
+        known = asdict(self)
+        largest, agreement = known.pop("largest_output"), known.pop("agreement")
+        if agreement is not None:
+            return {**known, "largest_logit": largest, "agreement": agreement}
+        return {**known, "largest_output": largest, "relative_difference": self.onnx_difference / max(largest, 1e-30)}
+
+
+@dataclass(frozen=True, slots=True)
+class FromFiles:
+    """What a bundle makes of image files, beside what torch makes of the images."""
+
+    classes: NDArray[np.int64] | None
+    """The bundle's class for each image, shape (N,); None where nothing is classified."""
+    scores: Scores
+    """The task's score of the bundle's output for each image, shape (N,)."""
+    difference: float
+    largest: float
+    agreement: float | None
 
 
 def child_equals_extracted(evaluator: Evaluator, arch: Arch) -> tuple[int, float]:
-    """Images and largest absolute difference of logits; both networks normalise by the same batch.
+    """Images and largest absolute difference of outputs; both networks normalise by the same batch.
 
     Computed on the CPU: the rounding of a GPU's fast formats (TF32) is larger than the differences sought.
     """
@@ -68,7 +86,7 @@ def child_equals_extracted(evaluator: Evaluator, arch: Arch) -> tuple[int, float
         child, extracted = supernet.child(arch)(images), supernet.extract(arch).train()(images)
     difference = float((child - extracted).abs().max())
     if not difference <= TOLERANCE * max(1.0, float(child.abs().max())):
-        raise VerificationError(f"the extracted child differs from the supernet's by {difference:.3g} in a logit")
+        raise VerificationError(f"the extracted child differs from the supernet's by {difference:.3g} in an output")
     return len(images), difference
 
 
@@ -78,19 +96,22 @@ def _as_evaluated(pixels_nhwc: NDArray[np.uint8], images: SplitImages, device: t
     return normalised(torch.from_numpy(pixels_nhwc).to(device).permute(0, 3, 1, 2), mean, std)
 
 
-def compare(expected: NDArray[np.float32], found: NDArray[np.float32]) -> tuple[float, float]:
-    """Largest absolute difference of logits and agreement of classes; raises `VerificationError` beyond rounding.
+def compare(expected: NDArray[np.float32], found: NDArray[np.float32]) -> tuple[float, float | None]:
+    """Largest absolute difference of outputs, and of logits (N, K) the agreement of classes; raises beyond rounding.
 
-    A class may differ only where rounding decides: the two best logits lie within the tolerance.
+    A class may differ only where rounding decides: the two best logits lie within the tolerance. What is raised is a
+    `VerificationError`.
     """
     if not np.isfinite(expected).all():
-        raise VerificationError("the child's own logits are not finite numbers")
+        raise VerificationError("the child's own outputs are not finite numbers")
     scale = max(1.0, float(np.abs(expected).max()))
     difference = float(np.abs(expected - found).max())
     if not difference <= TOLERANCE * scale:
         raise VerificationError(
-            f"ONNX Runtime differs from torch by {difference:.3g} in a logit, where logits reach {scale:.3g}"
+            f"ONNX Runtime differs from torch by {difference:.3g} in an output, where outputs reach {scale:.3g}"
         )
+    if expected.ndim != 2:
+        return difference, None
     ordered = np.sort(expected, axis=1)
     clear = ordered[:, -1] - ordered[:, -2] > 2 * TOLERANCE * scale
     same = expected.argmax(axis=1) == found.argmax(axis=1)
@@ -114,26 +135,32 @@ def files_of(images: SplitImages, folder: Path) -> list[Path]:
 
 
 def onnx_equals_torch(
-    predictor: Predictor, network: nn.Module, resolution: int, images: SplitImages, folder: Path
-) -> tuple[NDArray[np.int64], float, float, float]:
+    predictor: Predictor, network: nn.Module, resolution: int, images: SplitImages, folder: Path, task: Task
+) -> FromFiles:
     """Run image files through the bundle, and the images as evaluation reads them, at the child's `resolution`, through torch.
 
-    So the manifest's preprocessing is proven as well. Arrays become files under `folder` (`files_of`). Returns the bundle's
-    classes, shape (N,), the largest absolute difference, the largest logit, and the agreement.
+    So the manifest's preprocessing is proven as well. Arrays become files under `folder` (`files_of`).
     """
-    classes, differences, agreements, largest = [], [], [], 0.0
+    classes, scores, differences, agreements, largest = [], [], [], [], 0.0
     files, device = files_of(images, folder), next(network.parameters()).device
     for start in range(0, len(files), BATCH):
         pixels = images_at(images.source, images.indices[start : start + BATCH], images.preprocessing(resolution))
+        inputs = _as_evaluated(pixels, images, device)
         with torch.no_grad():
-            expected = network(_as_evaluated(pixels, images, device)).cpu().numpy()
-        found = predictor.logits(_opened(files[start : start + BATCH], predictor))
+            expected = network(inputs).cpu().numpy()
+        found = predictor.outputs(_opened(files[start : start + BATCH], predictor))
         difference, agreement = compare(expected, found)
-        classes.append(found.argmax(axis=1))
+        targets = task.targets(inputs.cpu(), torch.from_numpy(images.labels[start : start + BATCH]))
+        scores.append(task.scores(torch.from_numpy(found), targets).numpy())
         differences.append(difference)
-        agreements.append(agreement * len(found))
+        if agreement is not None:
+            classes.append(found.argmax(axis=1))
+            agreements.append(agreement * len(found))
         largest = max(largest, float(np.abs(expected).max()))
-    return np.concatenate(classes), max(differences), largest, sum(agreements) / len(files)
+    return FromFiles(
+        np.concatenate(classes) if classes else None, np.concatenate(scores), max(differences), largest,
+        sum(agreements) / len(files) if agreements else None,
+    )  # fmt: skip
 
 
 def _opened(files: Sequence[Path], predictor: Predictor) -> list[Image.Image]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,7 +44,7 @@ def evaluate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Calibrate one child and count its accuracy."""
+    """Calibrate one child and score it (accuracy, or the metric of the run's task)."""
     from supernet import device as devices
     from supernet.console import print_json
     from supernet.costs import arch_costs
@@ -60,8 +61,9 @@ def evaluate(
     if as_json:
         print_json(result)
     else:
-        print(f"{chosen.key}: {metric} {estimate.value:.2%} "
-              f"({estimate.low:.2%} to {estimate.high:.2%}) on {estimate.images} {split} images, "
+        show = found.task.show
+        print(f"{chosen.key}: {metric} {show(estimate.value)} ({show(estimate.low)} to {show(estimate.high)}) on "
+              f"{estimate.images} {split} images, "
               f"{result['macs']:,} macs; the test split was read {found.test_reads} times")  # fmt: skip
 
 
@@ -75,14 +77,14 @@ def search(
     from supernet.console import Display, print_json, print_table
     from supernet.run import Run
 
-    display = Display()
-    found = search_shown(
-        Run.open(run), budget or [], load_search_config(search_config), threads, devices.choose(device), display
-    )
+    display, opened = Display(), Run.open(run)
+    found = search_shown(opened, budget or [], load_search_config(search_config), threads, devices.choose(device), display)
     if as_json:
         print_json(found.as_dict())
         return
-    print_table(rows_of(found), f"budgets: {', '.join(found.budgets) or 'none'}; {found.evaluated} children evaluated")
+    print_table(
+        rows_of(found, opened.task.show), f"budgets: {', '.join(found.budgets) or 'none'}; {found.evaluated} children evaluated"
+    )
     for note in found.notes:
         print(note)
     print(f"Next: nestling export {run}")
@@ -100,18 +102,17 @@ def search_shown(
                           progress=lambda event: stage.update(event.done, event.total, event.doing))  # fmt: skip
 
 
-def rows_of(found: Found) -> list[dict[str, Any]]:
-    """A row for the chosen child and the ends of the space; scores of the search-val and confirm images."""
-    return [
-        _row(name, child) for name, child in (("chosen", found.best), ("smallest", found.smallest), ("largest", found.largest))
-    ]
+def rows_of(found: Found, show: Callable[[float], str]) -> list[dict[str, Any]]:
+    """A row for the chosen child and the ends of the space; scores of the search-val and confirm images, written by `show`."""
+    three = (("chosen", found.best), ("smallest", found.smallest), ("largest", found.largest))
+    return [_row(name, child, show) for name, child in three]
 
 
-def _row(name: str, child: Child) -> dict[str, Any]:
+def _row(name: str, child: Child, show: Callable[[float], str]) -> dict[str, Any]:
     latency = child.latency
     return {
-        "child": name, "key": child.key, "search_val": f"{child.search_score:.2%}",
-        "confirm": f"{child.confirm_score:.2%}" if child.confirm_score is not None else "-",
+        "child": name, "key": child.key, "search_val": show(child.search_score),
+        "confirm": show(child.confirm_score) if child.confirm_score is not None else "-",
         "macs": int(child.costs["macs"]), "params": int(child.costs["params"]),
         "predicted ms": child.predicted_latency_ms if child.predicted_latency_ms is not None else "-",
         "latency_ms": f"{latency.latency_ms:.4g} ({latency.low:.4g} to {latency.high:.4g})" if latency else "-",

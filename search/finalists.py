@@ -74,4 +74,4 @@ def meets(budgets: Sequence[Budget], costs: dict[str, float], latency: Latency) 
 
 def pooled(search_scores: Scores, confirm_scores: Scores) -> float:
     """Mean score over both splits. Finalists lead on search-val partly by luck; the confirm images are fresh."""
-    return float(np.concatenate([search_scores, confirm_scores]).mean())
+    return float(np.concatenate([search_scores, confirm_scores]).mean(dtype=np.float64))

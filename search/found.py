@@ -21,7 +21,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A child of a run, with what is known of it. Scores are fractions, on the search-val and confirm splits."""
+    """A child of a run, with what is known of it. Scores are in the unit of the task's metric, on the search-val and confirm splits."""
 
     run: Path
     arch: Arch

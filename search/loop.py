@@ -189,8 +189,10 @@ class _Search:
         for arch in dict.fromkeys([*accepted, *ends]):
             position = archs.index(arch)
             predicted = float(table["latency_ms"][position]) if "latency_ms" in table else None
-            children[arch] = Child(self.run.path, arch, dict(rows[arch].costs), rows[arch].score, float(confirmed[arch.key].mean()),
-                                   predicted, measured[arch.key])  # fmt: skip
+            children[arch] = Child(
+                self.run.path, arch, dict(rows[arch].costs), rows[arch].score, task.estimate(confirmed[arch.key]).value, predicted,
+                measured[arch.key],
+            )  # fmt: skip
         self._remark(
             task.compare(confirmed[best.key], confirmed[ends[1].key]).p_value if best != ends[1] else None,
             "largest child of the space",
@@ -199,6 +201,12 @@ class _Search:
         if others:
             second = min(others, key=lambda arch: (-final[arch], main[arch]))
             self._remark(task.compare(confirmed[best.key], confirmed[second.key]).p_value, "second finalist")
+        resolutions = {self.space.resolution(arch) for arch in archs}
+        if task.own_images and len(resolutions) > 1:
+            self.notes.append(
+                f"every child is scored on images of its own resolution ({min(resolutions)} to {max(resolutions)} px here), so scores "
+                "of different resolutions are not of the same images"
+            )
         front = pareto.front([rows[arch].score for arch in archs], [[main[arch]] for arch in archs])
         return Found(
             self.run.path, tuple(str(budget) for budget in self.budgets), children[best], children[ends[0]], children[ends[1]],

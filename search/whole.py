@@ -200,7 +200,8 @@ def _result(run: Run, found: Found, tested: Mapping[str, Estimate], seconds: Map
             "latency_ms": latency.latency_ms, "latency_ms_low": latency.low, "latency_ms_high": latency.high,
         }  # fmt: skip
     return {
-        "format": 1, "metric": metric, **children, "budget": {budget.metric: budget.bound for budget in parse_all(list(found.budgets))},
+        "format": 1, "task": run.task.name, "metric": metric, **children,
+        "budget": {budget.metric: budget.bound for budget in parse_all(list(found.budgets))},
         "images": tested["chosen"].images, "evaluated": found.evaluated, "weights_sha256": run.weights_hash,
         "test_reads": run.test_reads, "notes": list(found.notes), "seconds": dict(seconds),
     }  # fmt: skip

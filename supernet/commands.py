@@ -169,7 +169,9 @@ def train_shown(run: Run, device: str, workers: int, display: Display) -> None:
         def progress(now: Progress) -> None:
             nonlocal note
             if now.line:
-                note = " ".join(f"{role} {child[run.task.metric]:.1%}" for role, child in now.line["children"].items())
+                note = " ".join(
+                    f"{role} {run.task.show(child[run.task.metric])}" for role, child in now.line["children"].items()
+                )
             stage.update(now.step, now.steps, note)
 
         train_run(run, device=device, workers=workers, progress=progress)

@@ -7,7 +7,7 @@ second formula). The cost of a million archs is then a gather and a sum over int
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from supernet.arch import Arch
 from supernet.family import BlockSpec, Codes, Slot, variants
-from supernet.operations import BlockCost, cost_of
+from supernet.operations import BlockCost
 from supernet.space import Space
 
 METRICS = ("macs", "params", "peak_memory_bytes")
@@ -29,7 +29,7 @@ MOST_ROWS = 20_000
 @lru_cache(maxsize=100_000)
 def block_cost(spec: BlockSpec) -> BlockCost:
     """Cost of one block at batch 1."""
-    return cost_of(spec.operations())
+    return spec.cost()
 
 
 def arch_costs(space: Space, arch: Arch) -> dict[str, int]:
@@ -48,10 +48,10 @@ class Costs:
     def __init__(self, space: Space) -> None:
         self.space = space
         self.feature_names = tuple(sorted({name for spec in set(_covering(space)) for name, _ in block_cost(spec).features}))
-        self._macs = _tables(space, lambda cost: cost.macs, np.add)
-        self._params = _tables(space, lambda cost: cost.params, np.add)
-        self._peak = _tables(space, lambda cost: cost.peak_memory_bytes, np.maximum)
-        self._features: dict[str, list[_Table | _Sparse]] | None = None
+        self._macs, self._params, self._peak = _tables(space, (
+            (lambda cost: cost.macs, np.add), (lambda cost: cost.params, np.add), (lambda cost: cost.peak_memory_bytes, np.maximum)
+        ))  # fmt: skip
+        self._features: list[list[_Table | _Sparse]] | None = None
 
     def macs(self, codes: Codes) -> NDArray[np.int64]:
         """Multiply-accumulates, shape (archs,), of codes, shape (archs, dimensions)."""
@@ -72,10 +72,8 @@ class Costs:
     def features(self, codes: Codes) -> NDArray[np.float64]:
         """Number, macs and moved elements of every kind of operator (`feature_names`), shape (archs, features)."""
         if self._features is None:
-            self._features = {name: _tables(self.space, _feature(name), np.add) for name in self.feature_names}
-        return np.stack([_gather(self._features[name], codes, np.add) for name in self.feature_names], axis=1).astype(
-            np.float64
-        )
+            self._features = _tables(self.space, [(_feature(name), np.add) for name in self.feature_names])
+        return np.stack([_gather(tables, codes, np.add) for tables in self._features], axis=1).astype(np.float64)
 
 
 def _feature(name: str) -> Callable[[BlockCost], float]:
@@ -89,24 +87,32 @@ def _covering(space: Space) -> Iterator[BlockSpec]:
                 yield space.family.block(slot, choices)
 
 
-def _tables(space: Space, value: Callable[[BlockCost], float], join: np.ufunc) -> list[_Table | _Sparse]:
-    """Per group of slots with the same dimensions: their columns, and the joined values over the dimensions' choices."""
+Metric = tuple[Callable[[BlockCost], float], np.ufunc]
+"""What is read off a block's cost, and how it is joined over blocks."""
+
+
+def _tables(space: Space, metrics: Sequence[Metric]) -> list[list[_Table | _Sparse]]:
+    """For each metric, per group of slots with the same dimensions, the joined values over the dimensions' choices."""
     order = {dimension.name: column for column, dimension in enumerate(space.dimensions)}
     groups: dict[tuple[int, ...], list[Slot]] = {}
     for slot in space.family.slots:
         groups.setdefault(tuple(order[name] for name in slot.dimensions), []).append(slot)
-    found: list[_Table | _Sparse] = []
+    found: list[list[_Table | _Sparse]] = [[] for _ in metrics]
     for columns, slots in groups.items():
         counts = [len(space.dimensions[column].choices) for column in columns]
         if math.prod(counts) > MOST_ROWS:
-            found.append(_Sparse(space, columns, slots, value, join))
+            counted = _Counted(space, columns, slots, tuple(metrics))
+            for position in range(len(metrics)):
+                found[position].append(_Sparse(counted, position))
             continue
-        table = np.zeros(counts, dtype=np.int64)
+        values = np.zeros((len(metrics), *counts), dtype=np.int64)
         for slot in slots:
             for codes, spec in variants(slot, space.by_name, space.family):
                 if spec is not None:
-                    table[codes] = join(table[codes], value(block_cost(spec)))
-        found.append(_Table(columns, table))
+                    for position, (value, join) in enumerate(metrics):
+                        values[position, *codes] = join(values[position, *codes], value(block_cost(spec)))
+        for position, table in enumerate(values):
+            found[position].append(_Table(columns, table))
     return found
 
 
@@ -126,30 +132,43 @@ class _Table:
 
 
 @dataclass(frozen=True)
-class _Sparse:
-    """Values of a group of slots with too many combinations to list: counted as they are asked for, and kept."""
+class _Counted:
+    """All metrics of a group of slots with too many combinations to list: counted as they are asked for, and kept."""
 
     space: Space
     columns: tuple[int, ...]
     slots: list[Slot]
-    value: Callable[[BlockCost], float]
-    join: np.ufunc
-    known: dict[tuple[int, ...], int] = field(default_factory=dict)
+    metrics: tuple[Metric, ...]
+    known: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)
 
-    def take(self, columns: NDArray[np.int64]) -> NDArray[np.int64]:
-        rows, inverse = np.unique(columns[list(self.columns)].T, axis=0, return_inverse=True)
-        values = np.array([self._of(tuple(row)) for row in rows.tolist()], dtype=np.int64)
-        return values[inverse.ravel()]
-
-    def _of(self, codes: tuple[int, ...]) -> int:
+    def of(self, codes: tuple[int, ...]) -> tuple[int, ...]:
         if codes not in self.known:
             dimensions = [self.space.dimensions[column] for column in self.columns]
             choices = {dimension.name: dimension.choices[code] for dimension, code in zip(dimensions, codes, strict=True)}
-            values = [
-                self.value(block_cost(self.space.family.block(slot, choices))) for slot in self.slots if slot.stands(choices)
-            ]
-            self.known[codes] = int(self.join.reduce(values)) if values else 0
+            blocks = [block_cost(self.space.family.block(slot, choices)) for slot in self.slots if slot.stands(choices)]
+            self.known[codes] = tuple(
+                int(join.reduce([value(block) for block in blocks])) if blocks else 0 for value, join in self.metrics
+            )
         return self.known[codes]
+
+
+@dataclass(frozen=True)
+class _Sparse:
+    """One metric of a group."""
+
+    counted: _Counted
+    position: int
+
+    def take(self, columns: NDArray[np.int64]) -> NDArray[np.int64]:
+        mine = columns[list(self.counted.columns)]
+        order = np.lexsort(mine)  # equal rows come together, much faster than np.unique over rows
+        new = np.ones(len(order), dtype=np.bool_)
+        new[1:] = (mine[:, order[1:]] != mine[:, order[:-1]]).any(axis=0)
+        rows = mine[:, order[new]].T.tolist()
+        values = np.array([self.counted.of(tuple(row))[self.position] for row in rows], dtype=np.int64)
+        found = np.empty(len(order), dtype=np.int64)
+        found[order] = values[np.cumsum(new) - 1]
+        return found
 
 
 def _gather(tables: list[_Table | _Sparse], codes: Codes, join: np.ufunc) -> NDArray[np.int64]:

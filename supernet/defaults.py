@@ -7,10 +7,22 @@ import numpy as np
 from supernet.costs import Costs
 from supernet.space import Space
 
-RECIPES = {"digits": "digits", "cifar-mbconv": "cifar", "photo-mbconv": "photo", "attentivenas": "attentivenas"}
-"""Space -> the recipe made for it."""
-MOST_SEEN = {"digits": 40_000, "cifar-mbconv": 1_500_000, "photo-mbconv": 300_000, "attentivenas": 460_000_000}
-"""Images shown in all, beyond which more epochs bring little."""
+RECIPES = {
+    **dict.fromkeys(["digits", "mlp"], "digits"),
+    **dict.fromkeys(["cifar-mbconv", "cifar-resnet", "cell"], "cifar"),
+    **dict.fromkeys(["photo-mbconv"], "photo"),
+    **dict.fromkeys(["attentivenas", "bignas", "efficientnet-b0", "mobilenetv3-large", "ofa-mobilenetv3", "ofa-mobilenetv3-w1.2",
+                     "ofa-resnet50", "resnet50d"], "attentivenas"),
+    **dict.fromkeys(["autoformer-base", "autoformer-small", "autoformer-tiny", "vit-tiny"], "autoformer"),
+    "cifar-vit": "cifar-vit",
+    "autoencoder": "autoencoder",
+}  # fmt: skip
+"""Space -> the recipe made for its kind of networks and images."""
+MOST_SEEN = {
+    "digits": 40_000, "autoencoder": 100_000, "cifar": 1_500_000, "cifar-vit": 3_000_000, "photo": 300_000, "attentivenas": 460_000_000,
+    "autoformer": 640_000_000,
+}  # fmt: skip
+"""Recipe -> images shown in all, beyond which more epochs bring little."""
 MOST_MACS = {"cpu": 2.5e13, "cuda": 5e18}
 """Training work that is reasonable without being asked: half an hour to an hour on two CPU cores, days on a GPU."""
 LEAST_EPOCHS, MOST_EPOCHS = 3, 360
@@ -37,7 +49,7 @@ def recipe_for(space: str) -> str:
 
 def epochs_for(space: Space, images: int, device: str, children: int) -> int:
     """Epochs over `images` training images: as many as pay, within the work that the device can reasonably do."""
-    seen = min(MOST_SEEN.get(space.name, MOST_SEEN["photo-mbconv"]), MOST_MACS[device] / training_macs(space, children))
+    seen = min(MOST_SEEN[recipe_for(space.name)], MOST_MACS[device] / training_macs(space, children))
     return int(np.clip(round(seen / images), LEAST_EPOCHS, MOST_EPOCHS))
 
 

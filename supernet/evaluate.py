@@ -44,12 +44,13 @@ class Evaluator:
 
     def scores(self, network: nn.Module, resolution: int, split: SplitImages) -> Scores:
         """The task's score of every image of `split`, shape (images,), in the split's order."""
-        pixels, targets = torch.from_numpy(split.pixels(resolution)), torch.from_numpy(split.labels).to(self._device)
+        pixels, labels = torch.from_numpy(split.pixels(resolution)), torch.from_numpy(split.labels).to(self._device)
         found = []
         with torch.no_grad(), fitting_threads(self._largest_macs):
             for position, images in enumerate(self._batches(pixels, self.batch_size)):
                 start = position * self.batch_size
-                found.append(self.task.scores(network(images), targets[start : start + len(images)]))
+                targets = self.task.targets(images, labels[start : start + len(images)])
+                found.append(self.task.scores(network(images), targets))
         scores: Scores = torch.cat(found).cpu().numpy()
         return scores
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from supernet.arch import Choice
 from supernet.config import Config
 from supernet.errors import InputError
-from supernet.operations import Operations
+from supernet.operations import BlockCost, Operations, cost_of
 
 
 def _ascending(choices: tuple[int, ...]) -> tuple[int, ...]:
@@ -103,6 +103,10 @@ class BlockSpec(ABC):
     def operations(self) -> Operations:
         """What it does in the exported graph, in order; `params` are those of the block after `bake`."""
 
+    def cost(self) -> BlockCost:
+        """What it costs at batch 1. Override it only where very many blocks must be counted, and without another result."""
+        return cost_of(self.operations())
+
     def bake(self, block: nn.Module) -> None:
         """Fit an extracted block to `in_size` for good, such as interpolating its position embedding. Most have nothing to do."""
         return None
@@ -150,6 +154,11 @@ class Family(ABC):
     def teacher(self) -> dict[str, Choice]:
         """Choices of the network that teaches the others: the dearest one."""
         return {dimension.name: dimension.choices[-1] for dimension in self.dimensions}
+
+    @property
+    def bounded(self) -> tuple[str, ...]:
+        """Costs of which no network has more than the teacher. Less than the smallest has none, of any cost."""
+        return ("macs", "params", "peak_memory_bytes")
 
     def canonical(self, codes: Codes) -> Codes:
         """One form for all codes, shape (archs, dimensions), of the same network, beyond choices for blocks that do not stand."""

@@ -1,6 +1,6 @@
-"""What the children of a step learn from: labels for the largest, its soft targets for the others. All in fp32 and log space.
+"""What the children of a step learn from: labels for the largest, its soft targets for the others. All in fp32, classes in log space.
 
-Axes: N batch, K classes.
+Axes: N batch, K classes, C channels, H W space.
 """
 
 from __future__ import annotations
@@ -48,3 +48,25 @@ def mixed_loss(logits_nk: Tensor, labels_n: Tensor, targets_nk: Tensor, weight: 
     if weight <= 0:
         return label_loss(logits_nk, labels_n)
     return torch.lerp(label_loss(logits_nk, labels_n), soft_loss(logits_nk, targets_nk), weight)
+
+
+def resized(images_nchw: Tensor, size: int) -> Tensor:
+    """Images at `size` pixels a side: bicubic with antialiasing, as a step resizes its crops; themselves where they have it."""
+    if images_nchw.shape[-1] == size:
+        return images_nchw
+    return F.interpolate(images_nchw, size=size, mode="bicubic", antialias=True)
+
+
+def squared_error(outputs_nchw: Tensor, targets_nchw: Tensor) -> Tensor:
+    """Mean squared error over all numbers, in units of the targets squared; a scalar."""
+    return F.mse_loss(outputs_nchw.float(), targets_nchw.float())
+
+
+def blend(targets_nchw: Tensor, soft_nchw: Tensor, weight: float) -> Tensor:
+    """(1 - weight) x targets + weight x soft targets, these resized to the targets' resolution; shape of the targets.
+
+    The squared error to this blend has the gradient of the same blend of the two squared errors, and is smaller by a constant.
+    """
+    if weight <= 0:
+        return targets_nchw
+    return torch.lerp(targets_nchw.float(), resized(soft_nchw, targets_nchw.shape[-1]), weight)

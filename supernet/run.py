@@ -29,7 +29,7 @@ from supernet.evaluate import Evaluator
 from supernet.model import Supernet
 from supernet.recipe import TrainConfig
 from supernet.space import Space
-from supernet.task import TASKS, Task
+from supernet.task import TASKS, Task, task_named
 from supernet.warm import Donor, load_donor, save_donor
 
 FORMAT = 1
@@ -61,6 +61,12 @@ class Run:
             raise InputError(f"{path} holds a run already: continue it with --resume, or choose another --out")
         if (path / "checkpoints").exists():
             raise InputError(f"{path} holds checkpoints of another run (its config.json is gone): choose another --out")
+        task_named(space.family.task)
+        if source.channels != space.family.in_channels:
+            raise InputError(
+                f"the space {space.name} is of images of {space.family.in_channels} channels, but those of {source.name} have "
+                f"{source.channels}: set in_channels"
+            )
         splits = divide(source, seed=recipe.seed)
         mean, std = channel_statistics(source, splits.train)
         data = {"name": source.name, "root": str(root.resolve()) if root else None, "fingerprint": source.fingerprint,
@@ -72,7 +78,7 @@ class Run:
         durable.write_json(path / "environment.json", environment())
         init = {"init": save_donor(path / "init", donor)} if donor else {}
         durable.write_json(path / "config.json", {
-            "format": FORMAT, "task": "classification", "space": dict(space.definition), "recipe": recipe.model_dump(mode="json"),
+            "format": FORMAT, "task": space.family.task, "space": dict(space.definition), "recipe": recipe.model_dump(mode="json"),
             "data": data, **init,
         })  # last: a run is one that has its config  # fmt: skip
         run = cls.open(path)
@@ -105,12 +111,22 @@ class Run:
                 f"{file}: task must be one of {sorted(TASKS)}, but got {value['task']!r}: use the version that wrote it"
             )
         recipe = config.parse(TrainConfig, value["recipe"], f"{file}: recipe")
+        space = Space.from_definition(value["space"], f"{file}: space")
+        if space.family.task != value["task"]:
+            raise InputError(
+                f"{file}: the space {space.name} learns {space.family.task}, but task is {value['task']!r}: restore the file"
+            )
+        std = value["data"]["std"]
+        if not isinstance(std, list) or not all(isinstance(number, int | float) for number in std):
+            raise InputError(
+                f"{file}: data.std must be a list of numbers, but got {std!r}: restore the file, or start a new run"
+            )
         return cls(
             path,
-            Space.from_definition(value["space"], f"{file}: space"),
+            space,
             recipe,
             value["data"],
-            TASKS[value["task"]](),
+            TASKS[value["task"]].of(tuple(std)),
             value.get("init"),
         )
 

@@ -306,7 +306,7 @@ def read_arch(space: Space, text: str) -> Arch:
     """The arch that `text` names: "smallest", "largest" or a JSON file.
 
     The file holds our own form (dimension -> choice, alone or under the key "arch") or an entry as the papers' tables are written
-    (`resolution, width, depth, kernel_size, expand_ratio`).
+    (lists of `width, depth, kernel_size, expand_ratio`, or of `ks, e, d`).
     """
     if text in {"smallest", "largest"}:
         return space.smallest if text == "smallest" else space.largest
@@ -316,5 +316,5 @@ def read_arch(space: Space, text: str) -> Arch:
     value = config.read(path)
     if isinstance(value.get("arch"), dict):
         value = value["arch"]
-    choices = space.family.from_table(value) if "kernel_size" in value or "width" in value else value
-    return space.arch(choices, str(path))
+    tabular = any(isinstance(entry, list) for entry in value.values())  # our own form holds no lists
+    return space.arch(space.family.from_table(value) if tabular else value, str(path))

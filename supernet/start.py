@@ -107,11 +107,12 @@ def _at_home_on(device: str, recipe: TrainConfig, asked: bool) -> TrainConfig:
 
 def _told(run: Run, why: str) -> list[str]:
     source, recipe, train = run.source, run.recipe, len(run.dataset.splits.train)
+    classifies = run.task.name == "classification"
     macs = defaults.training_macs(run.space, recipe.children) * train * recipe.epochs
     return [
         f"data: {len(source)} images ({train} to train), {len(source.classes)} classes, {source.channels} channels, "
         f"about {source.image_size} px",
-        f"space {run.space.name}: {why}",
+        f"space {run.space.name}: {why}" + ("" if classifies else f"; it learns {run.task.name}, measured by {run.task.title}"),
         f"recipe {recipe.name}: {recipe.epochs} epochs in batches of {recipe.batch_size}, {macs:.2g} multiply-accumulates in all",
         "(--space, --recipe, --epochs and --set change this)",
     ]

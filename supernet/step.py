@@ -1,8 +1,8 @@
 """One optimiser step of a supernet: the method of BigNAS on a screen.
 
-The largest child learns from labels and teaches; the others learn from it on the same crops at their own resolutions. Gradients
-are *summed* over the children (weight decay is applied once, by the optimizer), child by child, so that peak memory is that of
-the largest child. Axes: N batch, C channels, H W space.
+The largest child learns from the task's targets (labels, or images) and teaches; the others learn from it on the same crops at
+their own resolutions. Gradients are *summed* over the children (weight decay is applied once, by the optimizer), child by child,
+so that peak memory is that of the largest child. Axes: N batch, C channels, H W space.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from supernet.arch import Arch
+from supernet.losses import resized
 from supernet.model import Supernet
 from supernet.task import Task
 
@@ -33,7 +33,7 @@ class StepConfig:
 
 @dataclass(frozen=True, slots=True)
 class ChildResult:
-    """How a child did on the batch: its own loss to the labels in nats (never only the surrogate), and its mean score.
+    """How a child did on the batch: its own loss to the targets (never only the surrogate), and its mean score.
 
     Both are scalars on the device: reading them waits for it.
     """
@@ -53,8 +53,8 @@ class Resizer:
     def at(self, resolution: int) -> Tensor:
         """The images at `resolution` pixels."""
         if resolution not in self.images:
-            resized = F.interpolate(self.images[self.largest], size=resolution, mode="bicubic", antialias=True)
-            self.images[resolution] = resized.contiguous(memory_format=torch.channels_last)
+            images = resized(self.images[self.largest], resolution)
+            self.images[resolution] = images.contiguous(memory_format=torch.channels_last)
         return self.images[resolution]
 
 
@@ -62,19 +62,21 @@ def train_step(
     supernet: Supernet,
     children: Sequence[tuple[str, Arch]],
     images_nchw: Tensor,
-    targets: Tensor,
+    labels: Tensor,
     task: Task,
     config: StepConfig,
 ) -> list[ChildResult]:
     """Add the gradients of one step to the supernet's parameters; the caller clears them before and steps after.
 
-    `images_nchw` are normalised crops at the largest resolution; `children` begin with the teacher (`sandwich`). Random draws
+    `images_nchw` are normalised crops at the largest resolution; what each child should make of them and their `labels` says the
+    task. `children` begin with the teacher (`sandwich`). Random draws
     (dropout) come from torch's generator: seed it with the step for a reproducible run.
     """
     crops, space, results = Resizer(images_nchw), supernet.space, []
     soft: Tensor | None = None
     for role, arch in children:
         images = crops.at(space.resolution(arch))
+        targets = task.targets(images, labels)
         with _precision(images, config.bf16):
             if soft is None:
                 outputs = supernet.child(arch, dropout=config.dropout, drop_path=config.drop_path)(images)

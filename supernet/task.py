@@ -1,15 +1,16 @@
-"""What is learnt: losses, a score for each image, and how two children are compared. Nothing else knows which task it is.
+"""What is learnt: targets, losses, a score for each image, and how two children are compared. Nothing else knows which task it is.
 
-Axes: N images, K classes.
+Axes: N images, K classes, C channels, H W space.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -41,21 +42,45 @@ class Comparison:
 
 
 class Task(Protocol):
-    """What a kind of learning has to bring. Regression would keep a float per image and compare by a paired t-test."""
+    """What a kind of learning has to bring."""
 
-    name: str
-    metric: str
+    name: ClassVar[str]
+    """Its name in `TASKS`, in runs and in bundles."""
+    metric: ClassVar[str]
+    """The mean score's name in every file; its unit is in it, where it is no fraction."""
+    title: ClassVar[str]
+    """The metric's name for people."""
+    unit: ClassVar[str]
+    """What stands behind a mean score: "%" (of a fraction, written times 100) or a unit."""
+    loss_title: ClassVar[str]
+    """What the loss is, with its unit."""
+    own_images: ClassVar[bool]
+    """Whether targets, and so scores, are of the image at the child's own resolution."""
+
+    @classmethod
+    def of(cls, std: tuple[float, ...]) -> Self:
+        """The task on images whose pixels (0..1) have this standard deviation, a number a channel."""
+        ...
+
+    @staticmethod
+    def show(value: float) -> str:
+        """A mean score as text, with its unit."""
+        ...
+
+    def targets(self, images: Tensor, labels: Tensor) -> Tensor:
+        """What a child should give for its `images` (normalised, at its own resolution) and their labels."""
+        ...
 
     def label_loss(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
         """Loss of the largest child; a scalar."""
         ...
 
     def soft_targets(self, outputs: Tensor) -> Tensor:
-        """What the largest child's outputs teach the others, detached."""
+        """What the largest child's outputs teach the others (at whatever resolution), detached."""
         ...
 
     def student_loss(self, outputs: Tensor, targets: Tensor, soft: Tensor, weight: float) -> Tensor:
-        """Loss of the other children; `weight` 0..1 leads from labels to soft targets."""
+        """Loss of the other children; `weight` 0..1 leads from targets to soft targets."""
         ...
 
     def scores(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -82,8 +107,26 @@ class Task(Protocol):
 class Classification:
     """One label an image; the score is 1 where the largest logit is the label's, so the mean is top1 (a fraction, 0..1)."""
 
-    name = "classification"
-    metric = "top1"
+    name: ClassVar[str] = "classification"
+    metric: ClassVar[str] = "top1"
+    title: ClassVar[str] = "top-1 accuracy"
+    unit: ClassVar[str] = "%"
+    loss_title: ClassVar[str] = "cross entropy to the labels"
+    own_images: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, std: tuple[float, ...]) -> Self:
+        """Needs to know nothing of the images."""
+        return cls()
+
+    @staticmethod
+    def show(value: float) -> str:
+        """93.12%."""
+        return f"{value:.2%}"
+
+    def targets(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The labels."""
+        return labels
 
     def label_loss(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
         """Cross entropy with label smoothing."""
@@ -134,4 +177,110 @@ class Classification:
         return Comparison(difference, difference - error, difference + error, p_value)
 
 
-TASKS: dict[str, type[Task]] = {"classification": Classification}
+MOST_PSNR_DB = 100.0
+"""Score of an image that is exactly right: that of a mean squared error of 1e-10 (pixels in 0..1), where fp32 ends."""
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Image to image: the target is the child's normalised input itself. The score is the peak signal-to-noise ratio (PSNR) in dB.
+
+    PSNR = 10 log10(1 / mean squared error), over all pixels (in 0..1) and channels of an image, of the network's output as it is,
+    neither clipped nor rounded; at most `MOST_PSNR_DB`. Children of different resolutions are scored on different images.
+    """
+
+    name: ClassVar[str] = "regression"
+    metric: ClassVar[str] = "psnr_db"
+    title: ClassVar[str] = "PSNR"
+    unit: ClassVar[str] = "dB"
+    loss_title: ClassVar[str] = "mean squared error of normalised pixels"
+    own_images: ClassVar[bool] = True
+
+    std: tuple[float, ...] = (1.0,)
+    """Standard deviation of the pixels (0..1) that images were divided by, a number a channel."""
+
+    @classmethod
+    def of(cls, std: tuple[float, ...]) -> Self:
+        """Scores undo the normalisation."""
+        return cls(tuple(std))
+
+    @staticmethod
+    def show(value: float) -> str:
+        """23.41 dB."""
+        return f"{value:.2f} dB"
+
+    def targets(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The images, shape (N, C, H, W)."""
+        return images
+
+    def label_loss(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Mean squared error of normalised pixels; smoothing has no meaning here."""
+        return losses.squared_error(outputs, targets)
+
+    def soft_targets(self, outputs: Tensor) -> Tensor:
+        """The largest child's images, detached and in fp32."""
+        return outputs.detach().float()
+
+    def student_loss(self, outputs: Tensor, targets: Tensor, soft: Tensor, weight: float) -> Tensor:
+        """Squared error to a blend of the target and the largest child's image, resized to the student's resolution."""
+        return losses.squared_error(outputs, losses.blend(targets, soft, weight))
+
+    def scores(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """PSNR of each image in dB, shape (N,), fp32."""
+        std = torch.tensor(self.std, dtype=torch.float64, device=outputs.device).view(1, -1, 1, 1)
+        error = ((outputs.double() - targets.double()) * std).square().mean((1, 2, 3))
+        return (-10 * error.clamp_min(10 ** (-MOST_PSNR_DB / 10)).log10()).float()
+
+    def pack(self, scores: Scores) -> bytes:
+        """A float32 an image."""
+        return scores.astype("<f4").tobytes()
+
+    def unpack(self, packed: bytes, images: int) -> Scores:
+        """Floats, shape (images,). Raises `ValueError` where the bytes are of another number of images."""
+        if len(packed) != 4 * images:
+            raise ValueError(f"scores of {images} images take {4 * images} bytes, but there are {len(packed)}")
+        return np.frombuffer(packed, "<f4").astype(np.float32)
+
+    def estimate(self, scores: Scores) -> Estimate:
+        """Mean PSNR with Student's t interval. Raises `InputError` for fewer than two images."""
+        mean, error = _mean_and_error(scores)
+        reach = error * _t_quantile(len(scores))
+        return Estimate(mean, mean - reach, mean + reach, len(scores))
+
+    def compare(self, one: Scores, other: Scores) -> Comparison:
+        """Paired t test, and its interval of the mean difference."""
+        from scipy.stats import t
+
+        if one.shape != other.shape:
+            raise ValueError(f"children are compared on the same images, but got {one.shape} and {other.shape}")
+        difference, error = _mean_and_error(one.astype(np.float64) - other)
+        reach = error * _t_quantile(len(one))
+        if error == 0:  # the same difference on every image
+            return Comparison(difference, difference, difference, 1.0 if difference == 0 else 0.0)
+        p_value = float(2 * t.sf(abs(difference) / error, len(one) - 1))
+        return Comparison(difference, difference - reach, difference + reach, p_value)
+
+
+def _mean_and_error(values: Scores) -> tuple[float, float]:
+    """Mean and its standard error."""
+    if len(values) < 2:
+        raise InputError(f"a mean with its interval needs at least two images, but there are {len(values)}: give more images")
+    exact = values.astype(np.float64)
+    return float(exact.mean()), float(exact.std(ddof=1) / math.sqrt(len(exact)))
+
+
+def _t_quantile(images: int) -> float:
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, images - 1))
+
+
+TASKS: dict[str, type[Task]] = {"classification": Classification, "regression": Regression}
+"""Name -> task. A family says which is its own (`Family.task`); code may add its own here, as it may families."""
+
+
+def task_named(name: str) -> type[Task]:
+    """The task of that name. Raises `InputError` where there is none."""
+    if name not in TASKS:
+        raise InputError(f"task must be one of {sorted(TASKS)}, but got {name!r}: use the version or package that has it")
+    return TASKS[name]

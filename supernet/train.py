@@ -76,8 +76,8 @@ class _Training:
 
     def go(self, progress: Callable[[Progress], None]) -> None:
         saved, every = time.monotonic(), max(1, self.steps // LOG_LINES)
-        for pixels, targets in self.batches.batches(self.step, self.steps):
-            rate, results = self._one(pixels.to(self.device), targets.to(self.device))
+        for pixels, labels in self.batches.batches(self.step, self.steps):
+            rate, results = self._one(pixels.to(self.device), labels.to(self.device))
             self.step += 1
             line = None
             if self.step % every == 0 or self.step == self.steps:
@@ -89,7 +89,7 @@ class _Training:
                 saved = time.monotonic()
         self._save()
 
-    def _one(self, pixels: torch.Tensor, targets: torch.Tensor) -> tuple[float, list[ChildResult]]:
+    def _one(self, pixels: torch.Tensor, labels: torch.Tensor) -> tuple[float, list[ChildResult]]:
         recipe, step, per_epoch = self.recipe, self.step, self.batches.steps_per_epoch
         rate = learning_rate(
             step, self.steps, peak=recipe.learning_rate, warmup=round(recipe.warmup_epochs * per_epoch), schedule=recipe.schedule,
@@ -107,7 +107,7 @@ class _Training:
         children = sandwich(self.run.space, recipe.children, rng)
         torch.manual_seed(int(rng.integers(2**63)))  # dropout of this step
         images = normalised(pixels, self.mean, self.std)
-        results = train_step(self.supernet, children, images, targets, self.run.task, config)
+        results = train_step(self.supernet, children, images, labels, self.run.task, config)
         if recipe.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.supernet.parameters(), recipe.clip_norm)
         if self.device == "cpu" and not all(math.isfinite(float(result.loss)) for result in results):

@@ -12,6 +12,7 @@ from deploy.latency import LatencyModel
 from search.feasible import Feasible
 from search.found import Child, Found
 from search.loop import latency_file
+from search.report.figures import Measure
 from search.report.page import ReportContent, write_report
 from search.store import Store
 from supernet import durable
@@ -30,16 +31,22 @@ def report_of(run: Run, out: Path) -> Path:
 def content_of(run: Run) -> ReportContent:
     """Everything that the run's files know; test results only where they are of the latest search."""
     training = durable.read_lines(run.path / "metrics.jsonl")
+    measure = Measure(run.task.metric, run.task.title, run.task.unit, run.task.loss_title)
     if not (run.path / "search" / "found.json").is_file():
         return ReportContent(
-            title=run.path.name, training=training, facts=_facts(run, {}), notes=["This run was not searched yet."]
+            title=run.path.name,
+            measure=measure,
+            training=training,
+            facts=_facts(run, {}),
+            notes=["This run was not searched yet."],
         )
     found = Found.load(run)
     result = _result(run, found)
     model = _latency_model(run, found)
     return ReportContent(
         title=run.path.name,
-        summary=[_summary(name, child, result.get(name)) for name, child in _three(found).items()],
+        measure=measure,
+        summary=[_summary(name, child, result.get(name), run.task.metric) for name, child in _three(found).items()],
         budgets=found.budgets,
         training=training,
         children=_children(run, found, model),
@@ -49,7 +56,7 @@ def content_of(run: Run) -> ReportContent:
         latency_fit=[(key, predicted, measured, True) for key, predicted, measured, _ in model.measured] if model else None,
         latency_fit_error=_fit_error(model) if model else "",
         facts=_facts(run, result),
-        notes=_notes(found, result),
+        notes=_notes(found, result, "Accuracies" if measure.unit == "%" else "Scores"),
     )
 
 
@@ -77,12 +84,12 @@ def _latency_model(run: Run, found: Found) -> LatencyModel | None:
     return LatencyModel.load(path, run.space, None) if path.exists() else None
 
 
-def _summary(name: str, child: Child, tested: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Test accuracy where the final result has it; else the confirm split's, without an interval."""
+def _summary(name: str, child: Child, tested: Mapping[str, Any] | None, metric: str) -> dict[str, Any]:
+    """Test score where the final result has it; else the confirm split's, without an interval."""
     latency = child.latency
-    shown = tested or {"top1": child.confirm_score}
+    shown = tested or {metric: child.confirm_score}
     return {
-        "name": name, "key": child.key, **{part: shown.get(part) for part in ("top1", "top1_low", "top1_high")},
+        "name": name, "key": child.key, **{part: shown.get(part) for part in (metric, f"{metric}_low", f"{metric}_high")},
         "macs": child.costs["macs"], "params": child.costs["params"], "latency_ms": latency.latency_ms if latency else None,
         "latency_ms_high": latency.high if latency else None, "predicted_latency_ms": child.predicted_latency_ms,
     }  # fmt: skip
@@ -140,10 +147,10 @@ def _environment(run: Run) -> dict[str, Any]:
         raise InputError(f"{path} is damaged ({error!r}): restore it from a copy of the run") from error
 
 
-def _notes(found: Found, result: Mapping[str, Any]) -> list[str]:
+def _notes(found: Found, result: Mapping[str, Any], scores: str) -> list[str]:
     which = "test split" if result else "confirm split (the test split was not read)"
     remark = (
-        f"Accuracies in the first table are of the {which}; those in the picture are of the search-val split, on which the search "
+        f"{scores} in the first table are of the {which}; those in the picture are of the search-val split, on which the search "
         "compares children and whose best value is therefore a lucky one."
     )
     return [remark, *(f"{note[0].upper()}{note[1:]}." for note in found.notes)]

@@ -28,6 +28,32 @@ Records = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
+class Measure:
+    """How scores are called and written: `key` in the records, `name` for people, `unit` "%" (of fractions) or what stands behind.
+
+    `loss` says what the training loss is.
+    """
+
+    key: str = "top1"
+    name: str = "top-1 accuracy"
+    unit: str = "%"
+    loss: str = "cross entropy to the labels"
+
+    @property
+    def hover(self) -> str:
+        """A score as plotly writes it beside the mouse."""
+        return "%{y:.2%}" if self.unit == "%" else f"%{{y:.4g}} {self.unit}"
+
+    @property
+    def axis(self) -> dict[str, Any]:
+        """Ticks of an axis of scores."""
+        return {"tickformat": ".2~%"} if self.unit == "%" else {"tickformat": None, "ticksuffix": f" {self.unit}"}
+
+
+TOP1 = Measure()
+
+
+@dataclass(frozen=True, slots=True)
 class Figure:
     """A picture: `plot` is plotly's JSON value (`data` and `layout`); title and caption are plain text."""
 
@@ -37,34 +63,37 @@ class Figure:
     plot: Mapping[str, Any]
 
 
-def training(records: Records) -> list[Figure]:
-    """Loss and top-1 of the largest, the smallest and the random children over the epochs; what was not logged is left out.
+def training(records: Records, measure: Measure = TOP1) -> list[Figure]:
+    """Loss and score of the largest, the smallest and the random children over the epochs; what was not logged is left out.
 
     `records` are lines of the training log: `{"epoch": float, "children": {"largest": {"loss": ..., "top1": ...}, ...}}`.
     """
     size = math.ceil(len(records) / MOST_CURVE_POINTS)
     averaged = f" Each point is the mean of {size} logged steps." if size > 1 else ""
+    said = "Accuracy" if measure.unit == "%" else _first_up(measure.name)
     kinds = [
         (
             "loss",
             "Training loss",
-            "Cross entropy to the labels on the batches trained on, of each kind of child, whatever it learns from.",
+            f"{_first_up(measure.loss)} on the batches trained on, of each kind of child, whatever it learns from.",
         ),
-        ("top1", "Training top-1 accuracy", "Accuracy on the batches trained on, not on held-out images."),
+        (measure.key, f"Training {measure.name}", f"{said} on the batches trained on, not on held-out images."),
     ]
     figures = []
     for what, title, caption in kinds:
-        traces = [trace for child in CHILD_COLOURS if (trace := _curve(records, child, what, max(size, 1)))]
+        traces = [trace for child in CHILD_COLOURS if (trace := _curve(records, child, what, max(size, 1), measure))]
         if traces:
-            y_axis = {"title": {"text": title.lower()}, "tickformat": ".2~%" if what == "top1" else None}
+            ticks = measure.axis if what == measure.key else {"tickformat": None}
+            y_axis = {"title": {"text": f"training {measure.name if what == measure.key else what}"}, **ticks}
             layout = {"xaxis": {"title": {"text": "epoch"}}, "yaxis": y_axis, "hovermode": "x unified"}
             figures.append(Figure(f"training-{what}", title, caption + averaged, _plot(traces, layout)))
     return figures
 
 
 def accuracy(
-    children: Records, front: Sequence[str], chosen: str | None, budgets: Sequence[Budget], latency_ms_high: float | None
-) -> Figure | None:
+    children: Records, front: Sequence[str], chosen: str | None, budgets: Sequence[Budget], latency_ms_high: float | None,
+    measure: Measure = TOP1,
+) -> Figure | None:  # fmt: skip
     """Score of every child against its latency (predicted, else measured, else its macs), with the front and the chosen child.
 
     None when fewer than two children have a score and such a cost. The cloud is thinned to `MOST_CLOUD_POINTS`, the
@@ -74,8 +103,11 @@ def accuracy(
     points = [point for child in children if (point := _point(child, metric)) is not None]
     if len(points) < 2:
         return None
-    percent = all(0 <= point.y <= 1 for point in points)
+    percent = measure.unit == "%" and all(0 <= point.y <= 1 for point in points)
     value, what = ("%{y:.2%}", "accuracy") if percent else ("%{y:.4g}", "score")
+    ticks: Mapping[str, Any] = {"tickformat": ".2~%" if percent else None}
+    if measure.unit != "%":
+        value, what, ticks = measure.hover, measure.name, measure.axis
     names = set(front)
     best = sorted((point for point in points if point.key in names), key=lambda point: (point.x, -point.y))
     others = [point for point in points if point.key not in names and point.key != chosen]
@@ -87,11 +119,11 @@ def accuracy(
     traces += [_star(point, metric, value, latency_ms_high) for point in points if point.key == chosen]
     layout = {
         "xaxis": {"title": {"text": _AXES[metric].title}, **_AXES[metric].ticks},
-        "yaxis": {"title": {"text": f"{what} on the search split"}, "tickformat": ".2~%" if percent else None},
+        "yaxis": {"title": {"text": f"{what} on the search split"}, **ticks},
         **_limits(budgets, metric),
     }
     caption = f"{_counted(len(children), len(points), len(others), len(cloud))} {_AXES[metric].caption}"
-    title = f"{what.capitalize()} against {'macs' if metric == 'macs' else 'latency'}"
+    title = f"{_first_up(what)} against {'macs' if metric == 'macs' else 'latency'}"
     return Figure("accuracy", title, f"{caption} The line is the best {what} seen up to each cost.", _plot(traces, layout))
 
 
@@ -254,7 +286,7 @@ def _counted(total: int, placed: int, others: int, drawn: int) -> str:
     return " ".join(parts)
 
 
-def _curve(records: Records, child: str, what: str, size: int) -> dict[str, Any] | None:
+def _curve(records: Records, child: str, what: str, size: int, measure: Measure) -> dict[str, Any] | None:
     """One line of the training curves: means over `size` neighbouring records; a gap where nothing was logged."""
     x, y = [], []
     for start in range(0, len(records), size):
@@ -265,7 +297,7 @@ def _curve(records: Records, child: str, what: str, size: int) -> dict[str, Any]
         return None
     mode = "lines+markers" if len(x) <= 40 else "lines"
     line = {"color": CHILD_COLOURS[child], "width": 2}
-    number = "%{y:.2%}" if what == "top1" else "%{y:.4g}"
+    number = measure.hover if what == measure.key else "%{y:.4g}"
     hover = f"{child}: {number}<extra></extra>"
     return {
         "type": "scatter",
@@ -319,6 +351,11 @@ def _thinned(points: Sequence[_Point]) -> list[_Point]:
     """At most `MOST_CLOUD_POINTS` of them, evenly picked."""
     picked = np.linspace(0, len(points) - 1, min(len(points), MOST_CLOUD_POINTS)).astype(int)
     return [points[i] for i in picked]
+
+
+def _first_up(text: str) -> str:
+    """The same text with a capital at its beginning."""
+    return text[:1].upper() + text[1:]
 
 
 def _mean(values: Iterable[Any]) -> float | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from search.budget import Budget, parse_all
-from search.report.figures import Figure, Records, accuracy, finite, latency_fit, training
+from search.report.figures import TOP1, Figure, Measure, Records, accuracy, finite, latency_fit, training
 from supernet.durable import write_text
 
 DASH = "\u2013"
@@ -23,14 +23,16 @@ SPACE = "\u00a0"
 class ReportContent:
     """What the report shows. Fractions are 0..1; whatever is missing (None, empty) is left out or shown as a dash.
 
-    `summary`: rows named "chosen", "smallest", "largest" with key, top1, top1_low, top1_high, macs, params, latency_ms,
-    latency_ms_high, predicted_latency_ms. `budgets`: texts that `Budget.parse` reads. `training`: lines of the training log.
-    `children`: key, score, stage, costs (macs, params, peak_memory_bytes, predicted_latency_ms), measured_latency_ms.
-    `front`: keys of children. `arch_table`: rows of free columns. `latency_fit`: (key, predicted ms, measured ms, held out),
-    with its error in words. `facts`: name and value. `notes`: remarks in whole sentences.
+    `measure` says how scores are called and written (top1 unless told otherwise). `summary`: rows named "chosen", "smallest",
+    "largest" with key, top1, top1_low, top1_high, macs, params, latency_ms, latency_ms_high, predicted_latency_ms. `budgets`: texts
+    that `Budget.parse` reads. `training`: lines of the training log. `children`: key, score, stage, costs (macs, params,
+    peak_memory_bytes, predicted_latency_ms), measured_latency_ms. `front`: keys of children. `arch_table`: rows of free columns.
+    `latency_fit`: (key, predicted ms, measured ms, held out), with its error in words. `facts`: name and value. `notes`: remarks in
+    whole sentences.
     """
 
     title: str
+    measure: Measure = TOP1
     summary: Records = ()
     budgets: Sequence[str] = ()
     training: Records = ()
@@ -90,9 +92,9 @@ def _policy(scripts: Sequence[str]) -> str:
 def _figures(content: ReportContent) -> list[Figure]:
     high = _row(content, "chosen").get("latency_ms_high")
     figures: list[Figure | None] = [
-        accuracy(content.children, content.front, content.chosen, parse_all(content.budgets), high),
+        accuracy(content.children, content.front, content.chosen, parse_all(content.budgets), high, content.measure),
         latency_fit(content.latency_fit or (), content.latency_fit_error),
-        *training(content.training),
+        *training(content.training, content.measure),
     ]
     return [figure for figure in figures if figure is not None]
 
@@ -101,7 +103,7 @@ def _head(content: ReportContent) -> str:
     """Title, the chosen child in large figures, its budgets, and the remarks."""
     chosen = _row(content, "chosen")
     tiles = [
-        ("top-1 accuracy", percent(chosen.get("top1")), _interval(chosen)),
+        (_text(content.measure.name), _score(chosen, content.measure), _interval(chosen, content.measure)),
         ("latency", milliseconds(chosen.get("latency_ms")), _at_most(chosen)),
         ("macs", count(chosen.get("macs")), "multiply-accumulates"),
         ("parameters", count(chosen.get("params")), ""),
@@ -149,10 +151,11 @@ def _verdict(budget: Budget, value: Any) -> str:
 
 def _children(content: ReportContent) -> str:
     """Set the chosen, the smallest and the largest child side by side."""
+    named = "top-1" if content.measure == TOP1 else content.measure.name
     rows = [
         {
             "child": str(row.get("name", "")),
-            "top-1": f"{percent(row.get('top1'))} {_interval(row)}".strip(),
+            named: f"{_score(row, content.measure)} {_interval(row, content.measure)}".strip(),
             "latency": f"{milliseconds(row.get('latency_ms'))} {_at_most(row)}".strip(),
             "predicted latency": milliseconds(row.get("predicted_latency_ms")),
             "macs": count(row.get("macs")),
@@ -209,9 +212,16 @@ def _row(content: ReportContent, name: str) -> Mapping[str, Any]:
     return next((row for row in content.summary if row.get("name") == name), {})
 
 
-def _interval(row: Mapping[str, Any]) -> str:
-    low, high = finite(row.get("top1_low")), finite(row.get("top1_high"))
-    return "" if low is None or high is None else f"({100 * low:.1f} to {percent(high)})"
+def _score(row: Mapping[str, Any], measure: Measure) -> str:
+    value = row.get(measure.key)
+    return percent(value) if measure.unit == "%" else DASH if finite(value) is None else f"{value:.2f}{SPACE}{measure.unit}"
+
+
+def _interval(row: Mapping[str, Any], measure: Measure) -> str:
+    low, high = finite(row.get(f"{measure.key}_low")), finite(row.get(f"{measure.key}_high"))
+    if low is None or high is None:
+        return ""
+    return f"({100 * low:.1f} to {percent(high)})" if measure.unit == "%" else f"({low:.2f} to {high:.2f}{SPACE}{measure.unit})"
 
 
 def _at_most(row: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from supernet.errors import InputError
-from supernet.families import mbconv
+from supernet.families import autoencoder, cell, mbconv, mlp, resnet, vit
 from supernet.family import Family, FamilyConfig
 
 ENTRY_POINTS = "nestling.families"
@@ -24,7 +24,14 @@ class FamilyKind:
     make: Callable[[Any], Family]
 
 
-FAMILIES: dict[str, FamilyKind] = {"mbconv": FamilyKind(mbconv.MBConvConfig, mbconv.MBConvFamily)}
+FAMILIES: dict[str, FamilyKind] = {
+    "autoencoder": FamilyKind(autoencoder.AutoencoderConfig, autoencoder.AutoencoderFamily),
+    "cell": FamilyKind(cell.CellConfig, cell.CellFamily),
+    "mbconv": FamilyKind(mbconv.MBConvConfig, mbconv.MBConvFamily),
+    "resnet": FamilyKind(resnet.ResNetConfig, resnet.ResNetFamily),
+    "vit": FamilyKind(vit.ViTConfig, vit.ViTFamily),
+    "mlp": FamilyKind(mlp.MLPConfig, mlp.MLPFamily),
+}
 """Name -> family. Code that is not installed as a package may add its own here before it loads a space."""
 
 

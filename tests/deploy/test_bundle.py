@@ -163,7 +163,7 @@ JSON = st.recursive(
     max_leaves=5,
 )
 READ = [
-    ("format",), ("classes",), ("classes", 0), ("files",), ("files", "model.onnx"), ("files", "card.md"), ("accuracy",),
+    ("format",), ("task",), ("classes",), ("classes", 0), ("files",), ("files", "model.onnx"), ("files", "card.md"), ("accuracy",),
     ("accuracy", "metric"), ("training",), ("training", "weights_sha256"), ("arch",), ("arch", "resolution"), ("key",), ("input",),
     *[("preprocessing",), *(("preprocessing", part) for part in ("resolution", "crop", "mean", "std")), ("preprocessing", "mean", 0)],
 ]  # fmt: skip

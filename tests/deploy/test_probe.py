@@ -22,11 +22,14 @@ Exported = Callable[[str, str | int], tuple[Space, Arch, onnx.ModelProto]]
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "Conv": {"auto_pad": b"NOTSET", "dilations": [1, 1]},
+    "ConvTranspose": {"auto_pad": b"NOTSET", "dilations": [1, 1], "output_padding": [0, 0]},
     "AveragePool": {"auto_pad": b"NOTSET", "dilations": [1, 1], "pads": [0, 0, 0, 0], "count_include_pad": 0},
     "Gemm": {"alpha": 1.0, "beta": 1.0, "transA": 0},
     "ReduceMean": {"noop_with_empty_axes": 0},
     "Reshape": {"allowzero": 0},
     "HardSigmoid": {"beta": 0.5},
+    "LayerNormalization": {"stash_type": 1},
+    "Gelu": {"approximate": b"none"},
 }
 """What ONNX assumes where an attribute is left out (operators of opset 20)."""
 

@@ -53,10 +53,12 @@ def test_the_manifest_tells_the_whole_story(tiny_bundle: Bundle, tiny_searched: 
     assert set(manifest) == {
         "format", "created", "key", "arch", "space", "macs", "params", "peak_memory_bytes", "classes", "input", "output", "opset",
         "precision", "preprocessing", "training", "versions", "latency", "files", "parity", "accuracy",
+        "task",
     }  # fmt: skip
     assert (manifest["key"], manifest["arch"]) == (best.key, best.arch.as_dict())
     assert {name: manifest[name] for name in ("macs", "params", "peak_memory_bytes")} == arch_costs(run.space, best.arch)
     assert manifest["space"] == dict(run.space.definition)
+    assert manifest["task"] == "classification"
     assert manifest["classes"] == ["bar", "rail", "slash"]
     assert manifest["training"]["weights_sha256"] == run.weights_hash
     assert manifest["training"]["recipe"] == run.recipe.model_dump(mode="json")

@@ -52,7 +52,19 @@ _DEFINITION = st.fixed_dictionaries({
 @pytest.fixture(scope="session")
 def definitions() -> st.SearchStrategy[dict[str, Any]]:
     """Valid definitions of small random spaces, with widths, strides and sizes of all kinds."""
-    return _DEFINITION
+    return _DEFINITION.map(_possible)
+
+
+def _possible(definition: dict[str, Any]) -> dict[str, Any]:
+    """Without strides and kernels that are too large for the map at the smallest resolution."""
+    size = definition["resolution"][0] = max(2, definition["resolution"][0])
+    definition["resolution"] = sorted({size, *definition["resolution"]})
+    for part in (definition["stem"], *definition["stages"]):
+        part["stride"] = part["stride"] if part["stride"] <= size else 1
+        if "kernel_size" in part:
+            part["kernel_size"] = [kernel for kernel in part["kernel_size"] if kernel <= 2 * size] or [1]
+        size = -(-size // part["stride"])
+    return definition
 
 
 @pytest.fixture

@@ -1,19 +1,24 @@
-"""Scores, their intervals and their paired test, against values worked out by hand."""
+"""Scores, their intervals and their paired test, against values worked out by hand and by SciPy; and what every task must hold."""
 
 from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
+from torch import Tensor
 
+from deploy.predict import MOST_PSNR_DB as SHIPPED_MOST
+from deploy.predict import psnr_db
 from supernet.errors import InputError
 from supernet.losses import label_loss, mixed_loss, soft_targets
-from supernet.task import TASKS, Classification
+from supernet.task import MOST_PSNR_DB, TASKS, Classification, Regression, Task, task_named
 
 task = Classification()
 
@@ -160,4 +165,188 @@ def test_the_losses_are_those_of_the_rule() -> None:
 
 
 def test_a_run_names_its_task() -> None:
-    assert {name: kind().name for name, kind in TASKS.items()} == {"classification": "classification"}
+    assert {name: kind.name for name, kind in TASKS.items()} == {"classification": "classification", "regression": "regression"}
+    assert task_named("regression") is Regression
+    with pytest.raises(InputError, match=r"task must be one of \['classification', 'regression'\], but got 'x'"):
+        task_named("x")
+
+
+# --- what every task holds ---
+
+
+class TaskSuite:
+    """Properties of a task, over outputs of a network for images of 6 pixels a side."""
+
+    task: Task
+    images = torch.randn(12, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(12) % 4
+
+    def outputs(self, seed: int, size: int = 6) -> Tensor:
+        """What some network gives for the images at `size` pixels."""
+        raise NotImplementedError
+
+    def exact(self) -> Tensor:
+        """Outputs that are right on every image."""
+        raise NotImplementedError
+
+    @property
+    def targets(self) -> Tensor:
+        return self.task.targets(self.images, self.labels)
+
+    def scores(self, seed: int) -> Any:
+        return self.task.scores(self.outputs(seed), self.targets).numpy()
+
+    def test_there_is_a_target_and_a_score_for_each_image(self) -> None:
+        scores = self.task.scores(self.outputs(0), self.targets)
+        assert len(self.targets) == len(self.images)
+        assert scores.shape == (len(self.images),)
+        assert torch.isfinite(scores.double()).all()
+
+    def test_packed_scores_are_the_same_again_and_of_another_number_are_refused(self) -> None:
+        scores = self.scores(0)
+        back = self.task.unpack(self.task.pack(scores), len(scores))
+        assert back.dtype == scores.dtype and np.array_equal(back, scores)
+        with pytest.raises(ValueError, match="take"):
+            self.task.unpack(self.task.pack(scores) + b"\0\0\0\0", len(scores))
+
+    def test_the_estimate_is_the_mean_of_the_scores_within_its_interval_and_their_range(self) -> None:
+        scores = self.scores(0)
+        estimate = self.task.estimate(scores)
+        assert estimate.value == pytest.approx(float(scores.astype(np.float64).mean()), rel=1e-12)
+        assert estimate.low < estimate.value < estimate.high
+        assert scores.min() <= estimate.value <= scores.max()
+        assert estimate.images == len(scores)
+        with pytest.raises(InputError, match="needs at least"):
+            self.task.estimate(scores[:0])
+
+    def test_a_comparison_the_other_way_round_is_its_mirror_image(self) -> None:
+        one, other = self.scores(0), self.scores(1)
+        there, back = self.task.compare(one, other), self.task.compare(other, one)
+        assert (there.difference, there.low, there.high) == (-back.difference, -back.high, -back.low)
+        assert there.p_value == pytest.approx(back.p_value)
+        assert there.low < there.difference < there.high
+        same = self.task.compare(one, one)
+        assert (same.difference, same.low, same.high, same.p_value) == (0, 0, 0, 1)
+        with pytest.raises(ValueError, match="on the same images"):
+            self.task.compare(one, other[:-1])
+
+    def test_losses_are_finite_and_can_be_learnt_from(self) -> None:
+        soft = self.task.soft_targets(self.outputs(1))
+        assert not soft.requires_grad
+        outputs = self.outputs(0).requires_grad_()
+        for loss in (
+            self.task.label_loss(outputs, self.targets, 0.1),
+            *(self.task.student_loss(outputs, self.targets, soft, weight) for weight in (0.0, 0.4, 1.0)),
+        ):
+            assert loss.shape == () and torch.isfinite(loss)
+            (gradient,) = torch.autograd.grad(loss, outputs)
+            assert torch.isfinite(gradient).all() and gradient.abs().sum() > 0
+
+    def test_a_step_down_the_gradient_lowers_each_loss(self) -> None:
+        soft, before = self.task.soft_targets(self.outputs(1)), self.outputs(0).requires_grad_()
+        for weight in (0.0, 0.5, 1.0):
+            loss = self.task.student_loss(before, self.targets, soft, weight)
+            (gradient,) = torch.autograd.grad(loss, before)
+            assert self.task.student_loss(before - 0.1 * gradient, self.targets, soft, weight) < loss
+
+    def test_exact_outputs_have_the_best_score_and_nearly_the_least_loss(self) -> None:
+        best, other = self.task.scores(self.exact(), self.targets), self.task.scores(self.outputs(0), self.targets)
+        assert (best >= other).all() and (best > other).any()
+        assert self.task.label_loss(self.exact(), self.targets) < self.task.label_loss(self.outputs(0), self.targets)
+
+    def test_half_precision_outputs_are_scored_and_learnt_from_in_fp32(self) -> None:
+        outputs = self.outputs(0).bfloat16()
+        assert self.task.label_loss(outputs, self.targets).dtype == torch.float32
+        assert torch.isfinite(self.task.scores(outputs, self.targets).double()).all()
+
+    def test_a_score_is_shown_with_its_unit(self) -> None:
+        assert self.task.show(0.5).endswith(self.task.unit)
+
+
+class TestClassification(TaskSuite):
+    task = Classification.of((0.5, 0.2, 0.3))
+
+    def outputs(self, seed: int, size: int = 6) -> Tensor:
+        return torch.randn(12, 4, generator=torch.Generator().manual_seed(seed))
+
+    def exact(self) -> Tensor:
+        return 20 * torch.nn.functional.one_hot(self.labels, 4).float()
+
+
+class TestRegression(TaskSuite):
+    std = (0.5, 0.2, 0.3)
+    task = Regression.of(std)
+
+    def outputs(self, seed: int, size: int = 6) -> Tensor:
+        images = torch.nn.functional.interpolate(self.images, size=size, mode="nearest")
+        noise = torch.rand(12, 1, 1, 1, generator=torch.Generator().manual_seed(seed + 100))
+        return images + noise * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+
+    def exact(self) -> Tensor:
+        return self.images.clone()
+
+    def test_the_target_is_the_image_itself_so_its_shape_is_the_outputs(self) -> None:
+        assert torch.equal(self.targets, self.images)
+        small = torch.zeros(12, 3, 4, 4)
+        assert self.task.targets(small, self.labels).shape == small.shape
+
+    def test_psnr_by_hand(self) -> None:
+        """An error of 0.1 in every pixel (0..1) is 20 dB, of 0.01 40 dB; normalised, it is 0.1 / std."""
+        scale = torch.tensor(self.std).view(1, 3, 1, 1)
+        for error, decibel in ((1.0, 0.0), (0.1, 20.0), (0.01, 40.0)):
+            found = self.task.scores(self.images + error / scale, self.images)
+            torch.testing.assert_close(found, torch.full((12,), decibel), rtol=0, atol=1e-3)
+        one_channel = self.images.clone()
+        one_channel[:, 0] += 0.1 / self.std[0]
+        expected = 20 + 10 * math.log10(3)  # a third of the pixels
+        torch.testing.assert_close(self.task.scores(one_channel, self.images), torch.full((12,), expected), rtol=0, atol=1e-3)
+
+    def test_an_exact_image_has_a_finite_score(self) -> None:
+        assert self.task.scores(self.exact(), self.images).tolist() == [MOST_PSNR_DB] * 12
+
+    def test_bundles_score_as_we_do(self) -> None:
+        outputs = self.outputs(0)
+        expected = self.task.scores(outputs, self.images).numpy()
+        np.testing.assert_allclose(psnr_db(outputs.numpy(), self.images.numpy(), self.std), expected, rtol=1e-6)
+        assert SHIPPED_MOST == MOST_PSNR_DB
+
+    def test_the_interval_is_students_and_the_test_the_paired_t_test(self) -> None:
+        rng = np.random.default_rng(0)
+        one = rng.normal(25, 3, 40).astype(np.float32)
+        other = (one + rng.normal(0.4, 1, 40)).astype(np.float32)
+        estimate = self.task.estimate(one)
+        wide = one.astype(np.float64)
+        low, high = stats.t.interval(0.95, 39, loc=wide.mean(), scale=stats.sem(wide))
+        assert (estimate.value, estimate.low, estimate.high) == pytest.approx((wide.mean(), low, high), rel=1e-12)
+        found, expected = self.task.compare(one, other), stats.ttest_rel(wide, other.astype(np.float64))
+        interval = expected.confidence_interval()
+        assert (found.low, found.high, found.p_value) == pytest.approx((interval.low, interval.high, expected.pvalue), rel=1e-9)
+        assert found.p_value < 0.05
+
+    def test_the_same_difference_on_every_image_is_certain(self) -> None:
+        one = np.array([20.0, 25.0, 31.0], np.float32)
+        found = self.task.compare(one + 1, one)
+        assert (found.difference, found.low, found.high, found.p_value) == (1, 1, 1, 0)
+        alike = self.task.estimate(np.array([21.5, 21.5], np.float32))
+        assert (alike.value, alike.low, alike.high) == (21.5, 21.5, 21.5)
+
+    def test_one_image_has_no_interval(self) -> None:
+        with pytest.raises(InputError, match="at least two images, but there are 1"):
+            self.task.estimate(np.array([20.0], np.float32))
+
+    @pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
+    def test_a_student_of_the_teachers_resolution_learns_from_a_blend(self, weight: float) -> None:
+        """The gradient is that of the blend of both squared errors."""
+        soft, outputs = self.task.soft_targets(self.outputs(1)), self.outputs(0).requires_grad_()
+        (found,) = torch.autograd.grad(self.task.student_loss(outputs, self.targets, soft, weight), outputs)
+        both = (1 - weight) * (outputs - self.targets).square().mean() + weight * (outputs - soft).square().mean()
+        (expected,) = torch.autograd.grad(both, outputs)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+
+    def test_soft_targets_are_resized_to_the_students_resolution(self) -> None:
+        """Antialiased: a chessboard becomes grey where it is halved, and a plain image stays as it is."""
+        board = (torch.arange(12)[:, None] + torch.arange(12)[None]).remainder(2).float().expand(2, 3, 12, 12)
+        grey, small = torch.full((2, 3, 6, 6), 0.5), torch.zeros(2, 3, 6, 6)
+        assert self.task.student_loss(grey, small, self.task.soft_targets(board), 1.0) < 0.01
+        plain = torch.full((2, 3, 12, 12), 0.7)
+        assert self.task.student_loss(torch.full((2, 3, 6, 6), 0.7), small, self.task.soft_targets(plain), 1.0) < 1e-10

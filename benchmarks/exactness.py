@@ -95,13 +95,19 @@ def main() -> None:
     for name in given.space or config.names("spaces"):
         space = load_space(name)
         row = spaces[name] = against_fvcore(space, 1 if given.quick else 200)
-        print(f"{name:20} {row['archs']:9.3g} archs  macs {row['smallest_macs']:>13,} to {row['largest_macs']:>14,}  params "
-              f"{row['smallest_params']:>11,} to {row['largest_params']:>11,}  worst difference to fvcore over {row['children']} children: "
-              f"{row['macs_difference']} macs, {row['params_difference']} params", flush=True)  # fmt: skip
+        print(
+            f"{name:20} {row['archs']:9.3g} archs  macs {row['smallest_macs']:>13,} to {row['largest_macs']:>14,}  params "
+            f"{row['smallest_params']:>11,} to {row['largest_params']:>11,}  worst difference to fvcore over {row['children']} "
+            f"children: {row['macs_difference']} macs, {row['params_difference']} params",
+            flush=True,
+        )
         if name in PARITY:
             row = parity[name] = against_timm(space, PARITY[name])
-            print(f"{'':20} timm {row['timm']}: largest difference {row['difference']:.2g} of the largest logit; macs {row['macs']:,} here, "
-                  f"{row['timm_macs']:,} there; params {row['params']:,} here, {row['timm_params']:,} there", flush=True)  # fmt: skip
+            print(
+                f"{'':20} timm {row['timm']}: largest difference {row['difference']:.2g} of the largest logit; macs {row['macs']:,} "
+                f"here, {row['timm_macs']:,} there; params {row['params']:,} here, {row['timm_params']:,} there",
+                flush=True,
+            )
     print(
         f"{time.monotonic() - start:.0f} s; {here['processor']}; torch {here['versions']['torch']}, timm {here['versions']['timm']}"
     )

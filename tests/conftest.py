@@ -27,10 +27,13 @@ pytest.register_assert_rewrite("deploy.conformance")
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
+SLOW_CONFORMANCE = ("for_200_children", "arch-1", "arch-2", "every_batch_size[1]")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long tests of the conformance suite are slow here; whoever runs it over a family of their own runs them all."""
+    """Much of the conformance suite is slow here; whoever runs it over a family of their own runs all of it."""
     for item in items:
-        if "for_200_children" in item.name:
+        if "conformance" in item.path.parts and any(part in item.name for part in SLOW_CONFORMANCE):
             item.add_marker(pytest.mark.slow)
 
 

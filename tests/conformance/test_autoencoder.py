@@ -13,6 +13,7 @@ class TestAutoencoder(FamilySuite):
     space = load_space("autoencoder")
 
 
+@pytest.mark.slow
 class TestTiny(FamilySuite):
     """What the shipped space has not: one stage, three channels, widths no multiple of 8, kernels of 1 and 7, a map of 1 pixel."""
 

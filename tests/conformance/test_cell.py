@@ -13,6 +13,7 @@ class TestCell(FamilySuite):
     space = load_space("cell")
 
 
+@pytest.mark.slow
 class TestTiny(FamilySuite):
     """What the shipped space has not: 3 nodes, 2 stages, maps of 3 pixels, a stem without stride, widths no multiple of 8."""
 

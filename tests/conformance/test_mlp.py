@@ -20,6 +20,7 @@ class TestMLP(FamilySuite):
     space = load_space("mlp")
 
 
+@pytest.mark.slow
 class TestPerBlock(FamilySuite):
     """Widths layer by layer, no multiples of 8, depth 2 left out."""
 

@@ -8,6 +8,7 @@ from deploy.conformance import FamilySuite
 from supernet.space import Space, load_space
 
 
+@pytest.mark.slow
 class TestTiny(FamilySuite):
     """A deep stem that adds, odd maps, widths that may be equal at a change, choices per block and per stage, any activation."""
 

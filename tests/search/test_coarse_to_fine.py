@@ -48,7 +48,7 @@ def flat(rounds: list[Asked]) -> list[Arch]:
     return [arch for asked in rounds for _, arch in asked]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     share=st.floats(0, 1), seed=st.integers(0, 2**31), coarse=st.integers(1, 30), fine=st.integers(0, 30), parents=st.integers(1, 6),
     batch=st.integers(1, 12), rate=st.floats(0.01, 1),

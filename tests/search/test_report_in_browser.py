@@ -14,7 +14,10 @@ from search.report import ReportContent, write_report
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install nestling[dev])")
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome is on the PATH")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome is on the PATH"),
+]
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"><svg onload=alert(1)><a href='javascript:alert(1)'>"

@@ -143,7 +143,16 @@ def test_the_shipped_space_is_compact(shipped: Space) -> None:
     assert macs.min() > 0.2e6 and macs.max() < 25e6 and 0.5e6 < np.median(macs) < 20e6
 
 
-@pytest.mark.parametrize("which", [0, 1, 2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "which",
+    [
+        0,
+        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(2, marks=pytest.mark.slow),
+        pytest.param(3, marks=pytest.mark.slow),
+        pytest.param(4, marks=pytest.mark.slow),
+    ],
+)
 def test_the_probe_and_the_peak_memory_are_those_of_the_export(space: Space, which: int, graph_shapes: Shapes) -> None:
     from deploy.export import to_onnx
 

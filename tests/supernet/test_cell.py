@@ -309,7 +309,7 @@ def _exported(space: Space, arch: Arch) -> onnx.ModelProto:
     return to_onnx(as_trained(space, arch), channels=space.family.in_channels, resolution=space.resolution(arch))
 
 
-@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("which", [0, *(pytest.param(each, marks=pytest.mark.slow) for each in (1, 2, 3))])
 def test_probe_and_peak_memory_are_those_of_the_export(tiny: Space, which: int, graph_shapes: Shapes) -> None:
     arch = _archs(tiny)[which]
     model = _exported(tiny, arch)

@@ -41,6 +41,8 @@ TINY: dict[str, Any] = {
     "depth": [1, 2], "heads": [1, 2], "mlp_ratio": [1.0, 2.0], "head_dim": 4,
 }  # fmt: skip
 
+MEAN: dict[str, Any] = {"pool": "mean"}
+
 
 def tiny(**changes: Any) -> Space:
     """A small space with some keys changed; None removes one."""
@@ -165,8 +167,12 @@ def compare_with_fvcore(space: Space, children: int) -> None:
         assert {name: costs[name] for name in ("macs", "params")} == recount(space, arch), arch
 
 
-@pytest.mark.parametrize("changes", [{}, {"pool": "mean"}, {"pool": "mean", "class_token": False, "qkv_bias": False}], ids=str)
-@pytest.mark.parametrize("end", ["smallest", "largest"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, *(pytest.param(each, marks=pytest.mark.slow) for each in (MEAN, MEAN | {"class_token": False, "qkv_bias": False}))],
+    ids=str,
+)
+@pytest.mark.parametrize("end", ["smallest", pytest.param("largest", marks=pytest.mark.slow)])
 def test_the_graph_is_the_probe_and_its_peak_the_closed_form(changes: dict[str, Any], end: str, graph_shapes: Shapes) -> None:
     space = tiny(**changes)
     compare_with_export(space, getattr(space, end), graph_shapes)

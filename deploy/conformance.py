@@ -358,7 +358,8 @@ class FamilySuite:
 
     def _compare_with_fvcore(self, children: int) -> None:
         rng = np.random.default_rng(11)
-        for arch in [self.space.smallest, self.space.largest, *(self.space.sample(rng) for _ in range(children))]:
+        archs = [self.space.smallest, self.space.largest, *(self.space.sample(rng) for _ in range(children))]
+        for arch in dict.fromkeys(archs):
             costs = arch_costs(self.space, arch)
             assert {name: costs[name] for name in ("macs", "params")} == recount(self.space, arch), arch
 

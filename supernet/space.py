@@ -213,8 +213,9 @@ class Space:
     def sample_apart(self, count: int, rng: np.random.Generator) -> list[Arch]:
         """`count` random archs for one training step: where choices have no order, they take turns.
 
-        Of such a dimension with n choices any n archs in a row have n different ones (as strict fairness has it, Chu et al. 2021,
-        arXiv 1907.01845), so that all get trained; other choices are uniform and independent.
+        Of such a dimension with n choices any n archs in a row are dealt n different ones (after strict fairness, Chu et al. 2021,
+        arXiv 1907.01845), so that all get trained; other choices are uniform and independent. A turn is lost where the choice has
+        no effect in its arch.
         """
 
         def draw(many: int) -> Codes:

@@ -8,7 +8,7 @@ from deploy.conformance import FamilySuite
 from supernet.space import Space, load_space
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 class TestAutoencoder(FamilySuite):
     space = load_space("autoencoder")
 

@@ -8,7 +8,7 @@ from deploy.conformance import FamilySuite
 from supernet.space import Space, load_space
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 class TestCell(FamilySuite):
     space = load_space("cell")
 
@@ -24,7 +24,7 @@ class TestTiny(FamilySuite):
     })  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 class TestFiveNodes(FamilySuite):
     """Ten edges in a cell, a stem that strides by 3; here some cells hold more memory than the teacher."""
 

@@ -38,7 +38,7 @@ class TestOdd(FamilySuite):
     })  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 class TestAttentiveNAS(FamilySuite):
     space = load_space("attentivenas")
     image_size = 48

@@ -26,7 +26,7 @@ class TestAllAtOnce(FamilySuite):
     fvcore_children = 10
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 class TestIdentity(FamilySuite):
     """Identity shortcuts, EfficientNet's gate and head, kernels and activations per network."""
 

@@ -15,7 +15,7 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 class TestMLP(FamilySuite):
     space = load_space("mlp")
 
@@ -28,6 +28,6 @@ class TestPerBlock(FamilySuite):
     space = Space.from_definition({**TINY, "chosen_per": {"width": "block"}})
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 class TestPerNetwork(FamilySuite):
     space = Space.from_definition(TINY)

@@ -25,7 +25,7 @@ class TestTiny(FamilySuite):
     })  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 class TestTinyBasic(FamilySuite):
     """A plain stem with a stride, a first block that is an identity, a stride of 3, choices for the whole network."""
 
@@ -41,7 +41,7 @@ class TestTinyBasic(FamilySuite):
     })  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 class TestCifarResNet(FamilySuite):
     space = load_space("cifar-resnet")
 

@@ -19,12 +19,12 @@ class TestTiny(FamilySuite):
     })  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 class TestCifarViT(FamilySuite):
     space = load_space("cifar-vit")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 class TestViTTiny(FamilySuite):
     """A space of one child."""
 

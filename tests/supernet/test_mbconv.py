@@ -332,24 +332,14 @@ def test_operations_are_the_exported_graph(name: str, graph_shapes: Callable[[on
     assert arch_costs(space, arch)["peak_memory_bytes"] == peak_bytes(model, graph_shapes(model))
 
 
-def _equal_fvcore(name: str, children: int) -> None:
-    space, rng = load_space(name), np.random.default_rng(7)
-    archs = [space.smallest, space.largest, *(space.sample(rng) for _ in range(children - 2))]
-    for arch in dict.fromkeys(archs):
-        costs = arch_costs(space, arch)
-        assert {metric: costs[metric] for metric in ("macs", "params")} == recount(space, arch), arch
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MBCONV)
 def test_20_children_of_every_space_cost_what_fvcore_counts(name: str) -> None:
-    _equal_fvcore(name, 20)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("name", MBCONV)
-def test_200_children_of_every_space_cost_what_fvcore_counts(name: str) -> None:
-    _equal_fvcore(name, 200)
+    space, rng = load_space(name), np.random.default_rng(7)
+    archs = [space.smallest, space.largest, *(space.sample(rng) for _ in range(18))]
+    for arch in dict.fromkeys(archs):
+        costs = arch_costs(space, arch)
+        assert {metric: costs[metric] for metric in ("macs", "params")} == recount(space, arch), arch
 
 
 def test_tables_for_people_show_every_space() -> None:

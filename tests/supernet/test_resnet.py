@@ -258,10 +258,9 @@ def test_attention_within_a_block_and_a_missing_part_are_refused(theirs: nn.Modu
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPACES)
-@pytest.mark.parametrize("children", [20, pytest.param(200, marks=pytest.mark.nightly)])
-def test_costs_are_those_of_the_networks(name: str, children: int) -> None:
+def test_costs_are_those_of_20_networks(name: str) -> None:
     space, rng = load_space(name), np.random.default_rng(21)
-    archs = [space.smallest, space.largest, *(space.sample(rng) for _ in range(children))]
+    archs = [space.smallest, space.largest, *(space.sample(rng) for _ in range(20))]
     for arch in dict.fromkeys(archs):
         costs = arch_costs(space, arch)
         assert recount(space, arch) == {metric: costs[metric] for metric in ("macs", "params")}, arch

@@ -95,7 +95,9 @@ def run_on_meta(space: Space, what: str) -> None:
         assert output.shape[0] == 2 and min(output.shape) > 0, what
 
 
-@pytest.mark.parametrize("examples", [3, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "examples", [3, pytest.param(10, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.nightly)]
+)
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_damaged_space_is_a_space_that_runs_or_one_line(
     name: str, examples: int, tmp_path_factory: pytest.TempPathFactory

@@ -43,6 +43,10 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Workers = Annotated[int, typer.Option("--workers", min=0, help="Processes that decode training images.")]
 
 
+MOST_LISTED = 6
+"""Choices that a table names one by one."""
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
     app.command(epilog="Example: nestling spaces --json")(spaces)
@@ -77,7 +81,7 @@ def spaces(as_json: Json = False) -> None:
         print_json(rows)
         return
     print_table([
-        {**row, "archs": f"{row['archs']:.3g}", "macs": _range(row["macs"]), "params": _range(row["params"])} for row in rows
+        {**row, "archs": f"{row['archs']:.3g}", "resolution": _listed(row["resolution"]), "macs": _range(row["macs"]), "params": _range(row["params"])} for row in rows
     ])  # fmt: skip
 
 
@@ -178,4 +182,12 @@ def train_shown(run: Run, device: str, workers: int, display: Display) -> None:
 
 
 def _range(ends: list[int]) -> str:
-    return f"{ends[0] / 1e6:,.2f} to {ends[1] / 1e6:,.2f} M"
+    low, high = (f"{end / 1e6:,.2f}" for end in ends)
+    return f"{low} M" if low == high else f"{low} to {high} M"
+
+
+def _listed(choices: list[int]) -> str:
+    """The choices, or, of many, the ends and how many."""
+    if len(choices) > MOST_LISTED:
+        return f"{choices[0]} to {choices[-1]} ({len(choices)})"
+    return ", ".join(map(str, choices))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, StrictInt
 from torch import Tensor, nn
@@ -192,6 +193,10 @@ class Family(ABC):
         are in the space. What has no counterpart is left out. Raises `InputError` where it is a network of another kind.
         """
         raise InputError(f"the family {self.config.family} has no map from timm's names: start from a file or run of its own")
+
+    def fitted(self, name: str, value: Tensor, shape: torch.Size) -> Tensor:
+        """A donor's parameter for the stored one of `shape`, where that is no matter of slicing (positions of another grid)."""
+        return value
 
     def rows(self, choices: Mapping[str, tuple[Choice, ...]]) -> list[dict[str, object]]:
         """A table for people; a space offers several choices, an arch one."""

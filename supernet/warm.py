@@ -99,7 +99,11 @@ class WarmStart:
 def fill(supernet: Supernet, donor: Donor) -> WarmStart:
     """Copy what fits from `donor` into the supernet's weights, in place. Raises `InputError` where nothing fits."""
     stored, fixed = dict(supernet.named_parameters()), _fixed_axes(supernet.space)
-    parameters = {name: value for name, value in donor.tensors.items() if not name.endswith(STATISTICS)}
+    given = {name: value for name, value in donor.tensors.items() if not name.endswith(STATISTICS)}
+    family = supernet.space.family
+    parameters = {
+        name: family.fitted(name, value, stored[name].shape) if name in stored else value for name, value in given.items()
+    }
     taken, left = {}, {}
     for name, value in parameters.items():
         reason = _misfit(name, value, stored, fixed, donor.nested)
@@ -113,7 +117,8 @@ def fill(supernet: Supernet, donor: Donor) -> WarmStart:
     if not taken:
         raise InputError(f"nothing of {donor.source} fits into the space {supernet.space.name}: use a network of its family "
                          f"({supernet.space.family.config.family}), no wider and no deeper than the space")  # fmt: skip
-    arch = None if donor.nested else _child(supernet.space, parameters, stored, fixed, left, donor.resolution)
+    same = all(parameters[name] is value for name, value in given.items())  # what was interpolated is another network
+    arch = _child(supernet.space, parameters, stored, fixed, left, donor.resolution) if same and not donor.nested else None
     statistics = {name: value for name, value in donor.tensors.items() if name.endswith(STATISTICS)} if arch else {}
     return WarmStart(donor.source, arch, taken, left, sum(value.numel() for value in stored.values()), statistics)
 

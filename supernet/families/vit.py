@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Literal, Self
 
+import torch
 from pydantic import AfterValidator, Field, StrictBool, StrictInt, model_validator
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from supernet.arch import Choice
 from supernet.config import Config, Number
@@ -204,6 +206,12 @@ class ViTFamily(Family):
         if self.config.class_token:
             found |= {"embed.class_token": state["cls_token"].flatten(), "embed.class_position": position[0]}
         return found
+
+    def fitted(self, name: str, value: Tensor, shape: torch.Size) -> Tensor:
+        """Positions of another grid are interpolated to the grid of the largest resolution, as children do it."""
+        if name != "embed.position" or value.ndim != 3 or value.shape[1:] == shape[1:]:
+            return value
+        return interpolate(value[None].float(), shape[1:], mode="bicubic", antialias=True)[0]
 
     def _head_major(self, qkv: Tensor) -> Tensor:
         """From timm's order of outputs, ({q, k, v}, head, head_dim), to ours, (head, {q, k, v}, head_dim)."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from supernet.calibrate import calibrate
 from supernet.errors import InputError
@@ -109,6 +110,22 @@ def test_another_supernet_gives_the_part_that_both_have(tiny_run: Run) -> None:
     name = "stage2_0.project.conv.weight"  # 24 channels there, 48 here
     assert torch.equal(fresh.get_parameter(name)[:24], wide.get_parameter(name))
     assert torch.equal(fresh.get_parameter(name)[24:], Supernet(other, seed=4).get_parameter(name)[24:])
+
+
+@pytest.mark.parametrize("resolution", [[8, 12], [8, 16], [4]])
+def test_positions_of_another_grid_are_interpolated_and_never_cut(resolution: list[int]) -> None:
+    definition = {"name": "tiny", "family": "vit", "classes": 3, "in_channels": 1, "resolution": [8], "patch_size": 2, "embed_dim": [8],
+                  "depth": [1], "heads": [2], "mlp_ratio": [2.0], "head_dim": 4}  # fmt: skip
+    donor = Supernet(Space.from_definition(definition), seed=3)
+    space = Space.from_definition({**definition, "resolution": resolution})
+    network = donor.extract(donor.space.smallest)
+    begun = fill(fresh := Supernet(space, seed=5), donor_of_state(space, "a child", network.state_dict()))
+    assert not begun.left and begun.arch is None
+    size = resolution[-1] // 2
+    expected = interpolate(donor.get_parameter("embed.position")[None], (size, size), mode="bicubic", antialias=True)[0]
+    assert torch.equal(fresh.get_parameter("embed.position"), expected)
+    again = fill(same := Supernet(donor.space, seed=5), donor_of_state(donor.space, "a child", network.state_dict()))
+    assert again.arch == donor.space.smallest and torch.equal(same.get_parameter("embed.position"), network.embed.position)
 
 
 def test_a_run_begins_with_the_weights_and_needs_their_file_no_more(easy_npz: Path, tmp_path: Path, tiny_run: Run) -> None:

@@ -80,9 +80,8 @@ def spaces(as_json: Json = False) -> None:
     if as_json:
         print_json(rows)
         return
-    print_table([
-        {**row, "archs": f"{row['archs']:.3g}", "resolution": _listed(row["resolution"]), "macs": _range(row["macs"]), "params": _range(row["params"])} for row in rows
-    ])  # fmt: skip
+    shown = {"archs": lambda archs: f"{archs:.3g}", "resolution": _listed, "macs": _range, "params": _range}
+    print_table([{name: shown.get(name, str)(value) for name, value in row.items()} for row in rows])
 
 
 def describe(

@@ -20,11 +20,12 @@ from fvcore.nn import FlopCountAnalysis
 
 from supernet import config
 from supernet.costs import arch_costs
+from supernet.donor import donor_of_state
 from supernet.model import Supernet
 from supernet.recount import OPERATORS, recount
 from supernet.run import environment
 from supernet.space import Space, load_space
-from supernet.warm import donor_of_state, fill
+from supernet.warm import fill
 
 PARITY = {
     "efficientnet-b0": "efficientnet_b0", "mobilenetv3-large": "mobilenetv3_large_100", "resnet50d": "resnet50d",

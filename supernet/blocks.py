@@ -47,6 +47,9 @@ class LinearNorm(nn.Sequential):
 class Classifier(nn.Linear):
     """The last layer: begins small, so that the first gradients of the summed children stay near 1 in norm."""
 
+    counts = "classes"
+    """What its outputs are; a part of them is never taken from another network."""
+
     def initial(self, parameter: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
         """Normal, 0.01."""
         return torch.empty(shape).normal_(0, 0.01, generator=generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,7 +58,7 @@ def register(app: typer.Typer) -> None:
 def spaces(as_json: Json = False) -> None:
     """List the search spaces: how many children, and their range of costs."""
     from supernet import config
-    from supernet.console import print_json, print_table
+    from supernet.console import number_of, print_json, print_table
     from supernet.costs import arch_costs
     from supernet.space import load_space
 
@@ -80,7 +81,7 @@ def spaces(as_json: Json = False) -> None:
     if as_json:
         print_json(rows)
         return
-    shown = {"archs": lambda archs: f"{archs:.3g}", "resolution": _listed, "macs": _range, "params": _range}
+    shown: dict[str, Callable[[Any], str]] = {"archs": number_of, "resolution": _listed, "macs": _range, "params": _range}
     print_table([{name: shown.get(name, str)(value) for name, value in row.items()} for row in rows])
 
 
@@ -94,11 +95,14 @@ def describe(
     as_json: Json = False,
 ) -> None:
     """Show a space, or one arch of it, as a table of its stages with macs, params, peak memory and key."""
-    from supernet.console import print_json, print_table
+    from supernet.console import number_of, print_json, print_table
     from supernet.costs import arch_costs
+    from supernet.errors import InputError
     from supernet.space import load_space, read_arch
 
     found = load_space(space, classes=classes)
+    if arch is None and recount:
+        raise InputError("--recount counts one arch: name it with --arch (smallest, largest or a JSON file)")
     if arch is None:
         ends = {
             name: {"key": end.key, **arch_costs(found, end)}
@@ -107,7 +111,7 @@ def describe(
         result = {"space": found.name, "key": found.key, "archs": found.size,
                   "dimensions": {dimension.name: list(dimension.choices) for dimension in found.dimensions}, **ends}  # fmt: skip
         rows = found.family.rows({dimension.name: dimension.choices for dimension in found.dimensions})
-        title, end_rows = f"{found.name}: {found.size:.3g} archs", [{"arch": name, **end} for name, end in ends.items()]
+        title, end_rows = f"{found.name}: {number_of(found.size)} archs", [{"arch": name, **end} for name, end in ends.items()]
     else:
         chosen = read_arch(found, arch)
         result = {"space": found.name, "key": chosen.key, **arch_costs(found, chosen), "arch": chosen.as_dict()}
@@ -137,6 +141,7 @@ def train(
     from supernet import device as devices
     from supernet import start as starting
     from supernet.console import Display, print_json
+    from supernet.costs import arch_costs
     from supernet.errors import InputError
     from supernet.recipe import parse_overrides
 
@@ -158,7 +163,8 @@ def train(
     if as_json:
         print_json({"run": str(out), "space": begun.run.space.key, "weights_sha256": begun.run.weights_hash})
     else:
-        display.say(f"trained: {out}. Next: nestling search {out} --budget 'macs<=5e6'")
+        ends = [arch_costs(begun.run.space, arch)["macs"] for arch in (begun.run.space.smallest, begun.run.space.largest)]
+        display.say(f"trained: {out}. Next: nestling search {out} --budget 'macs<={sum(ends) / 2e6:.3g}M'")
 
 
 def train_shown(run: Run, device: str, workers: int, display: Display) -> None:

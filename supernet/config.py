@@ -112,25 +112,33 @@ def parse(model: type[Model], value: Any, where: str) -> Model:
 
 def _message(model: type[BaseModel], error: Any) -> str:
     if error["type"] == "extra_forbidden":
-        known = sorted(_keys(model))
+        known = sorted(_keys_at(model, error["loc"][:-1]))
         return f"unknown key{nearest(str(error['loc'][-1]), known) or f'; known are {known}'}"
     if error["type"] == "missing":
         return "this key is required: add it"
+    if error["type"] == "tuple_type":
+        return f"must be a list, such as [1, 2] (got {json.dumps(error['input'], default=str)[:80]})"
+    if error["type"] == "too_short":
+        return "must hold at least one entry: add one"
     message = str(error["msg"]).removeprefix("Value error, ")
     given = f" (got {json.dumps(error['input'], default=str)[:80]})" if not isinstance(error["input"], dict) else ""
     return f"{message}{given}"
 
 
-def _keys(model: type[BaseModel]) -> set[str]:
-    """Keys of a model and of the models within it (a hint need not be exact)."""
-    found: set[str] = set()
-    for name, field in model.model_fields.items():
-        found.add(name)
-        inner = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        for kind in inner:
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                found |= _keys(kind)
-    return found
+def _keys_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> set[str]:
+    """Keys of the model at a place within another."""
+    for part in loc:
+        field = model.model_fields.get(str(part))
+        inner = [field.annotation, *_arguments(field.annotation)] if field else []
+        found = next((kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        model = found or model  # numbers are places in a list
+    return set(model.model_fields)
+
+
+def _arguments(annotation: Any) -> list[Any]:
+    """Types within a generic one, at any depth."""
+    arguments = list(getattr(annotation, "__args__", ()))
+    return [*arguments, *(inner for argument in arguments for inner in _arguments(argument))]
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 from typing import Any
 
 from rich.console import Console
@@ -77,8 +78,15 @@ def print_table(rows: Sequence[Mapping[str, object]], title: str = "") -> None:
     console.print(table)
 
 
+def number_of(count: int) -> str:
+    """A whole number of any size: all digits below a million, else three."""
+    return f"{count:,}" if count < 1_000_000 else f"{Decimal(count):.3g}".lower()
+
+
 def shown(value: object) -> str:
     """A value as a person writes it."""
+    if isinstance(value, tuple) and len(set(value)) > 1:  # block by block
+        return ", ".join(str(item) for item in value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         values = value if isinstance(value, list | tuple) else [value]
         return ", ".join(str(item) for item in dict.fromkeys(values))

@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from supernet.arch import Arch
-from supernet.family import BlockSpec, Codes, Slot, variants
+from supernet.family import BlockSpec, Codes, Slot, block_cost, variants
 from supernet.operations import BlockCost
 from supernet.space import Space
 
@@ -24,12 +23,6 @@ METRICS = ("macs", "params", "peak_memory_bytes")
 
 MOST_ROWS = 20_000
 """Combinations of a group of slots that are all counted beforehand; beyond it (operations on many edges) as they are asked for."""
-
-
-@lru_cache(maxsize=100_000)
-def block_cost(spec: BlockSpec) -> BlockCost:
-    """Cost of one block at batch 1."""
-    return spec.cost()
 
 
 def arch_costs(space: Space, arch: Arch) -> dict[str, int]:

@@ -6,6 +6,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -66,6 +67,8 @@ class Slot:
     name: str
     roles: tuple[tuple[str, str], ...]
     needs: tuple[str, int] | None = None
+    where: tuple[tuple[str, tuple[str, int]], ...] = ()
+    """Dimensions that this block reads only from a choice of another on, e.g. ("layer3.width", ("depth", 3))."""
 
     @property
     def dimensions(self) -> tuple[str, ...]:
@@ -111,6 +114,12 @@ class BlockSpec(ABC):
     def bake(self, block: nn.Module) -> None:
         """Fit an extracted block to `in_size` for good, such as interpolating its position embedding. Most have nothing to do."""
         return None
+
+
+@lru_cache(maxsize=100_000)
+def block_cost(spec: BlockSpec) -> BlockCost:
+    """Cost of one block at batch 1."""
+    return spec.cost()
 
 
 class Family(ABC):
@@ -168,6 +177,11 @@ class Family(ABC):
     def valid(self, codes: Codes) -> NDArray[np.bool_]:
         """Which codes are networks at all, shape (archs,)."""
         return np.ones(len(codes), dtype=np.bool_)
+
+    @property
+    def layout(self) -> Mapping[str, object]:
+        """What two spaces of this family must have in common for weights of one to mean the same in the other."""
+        return {}
 
     def count(self, networks: int) -> int:
         """Number of different networks, where `networks` is what the choices alone make; a family with `canonical` knows better."""

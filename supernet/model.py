@@ -82,7 +82,7 @@ class Supernet(nn.Module):
         plan = self.space.plan(arch)
         network = nn.Sequential()
         for position, (slot, spec) in enumerate(plan.items()):
-            rate = {"dropout": dropout, "drop_path": drop_path * position / (len(plan) - 1), None: 0.0}[spec.regulariser]
+            rate = {"dropout": dropout, "drop_path": drop_path * position / max(1, len(plan) - 1), None: 0.0}[spec.regulariser]
             network.add_module(slot, self._bound(slot, spec.geometry, rate))
         return network
 

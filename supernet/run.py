@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import platform
 from dataclasses import dataclass
@@ -24,13 +25,13 @@ from supernet.data.batches import channel_statistics
 from supernet.data.dataset import Dataset, SplitImages
 from supernet.data.sources import Source, open_source
 from supernet.data.splits import Splits, divide
+from supernet.donor import Donor, load_donor, save_donor
 from supernet.errors import InputError
 from supernet.evaluate import Evaluator
 from supernet.model import Supernet
 from supernet.recipe import TrainConfig
 from supernet.space import Space
 from supernet.task import TASKS, Task, task_named
-from supernet.warm import Donor, load_donor, save_donor
 
 FORMAT = 1
 DATA = ("name", "root", "fingerprint", "classes", "channels", "mean", "std")
@@ -117,10 +118,10 @@ class Run:
                 f"{file}: the space {space.name} learns {space.family.task}, but task is {value['task']!r}: restore the file"
             )
         std = value["data"]["std"]
-        if not isinstance(std, list) or not all(isinstance(number, int | float) for number in std):
-            raise InputError(
-                f"{file}: data.std must be a list of numbers, but got {std!r}: restore the file, or start a new run"
-            )
+        sound = isinstance(std, list) and all(isinstance(number, int | float) and 0 < number < math.inf for number in std)
+        if not sound or len(std) != space.family.in_channels:
+            raise InputError(f"{file}: data.std must be a list of a positive number for each of the {space.family.in_channels} "
+                             f"channels, but got {std!r}: restore the file, or start a new run")  # fmt: skip
         return cls(
             path,
             space,

@@ -19,10 +19,13 @@ from supernet import config
 from supernet.arch import Arch
 from supernet.errors import InputError
 from supernet.families import families
-from supernet.family import BlockSpec, Codes, Dimension, Family
+from supernet.family import BlockSpec, Codes, Dimension, Family, block_cost
 
 MOST_DRAWS = 1_000
 """Rounds of drawing archs anew where some are no networks; beyond it hardly any is."""
+
+MOST = (10**15, 10**10, 10**11)
+"""macs, params and bytes of live activations of the largest network; no machine trains more with this program."""
 
 MOST_BLOCKS = 2_000_000
 """Blocks counted over all slots and choices; the largest published spaces have some ten thousands. More would take minutes to cost."""
@@ -69,8 +72,30 @@ class Space:
                 raise InputError(
                     f"a space has at most {MOST_BLOCKS:,} different blocks, this one {blocks:,}: offer fewer choices"
                 )
-        for end in (self.smallest, self.largest):
-            self.plan(end)  # a family says what makes an impossible network as it builds the blocks
+        limits = zip(("macs", "params", "bytes of activations at batch 1"), self._costs(self.largest), MOST, strict=True)
+        for name, value, bound in limits:
+            if value > bound:
+                raise InputError(
+                    f"the largest network has at most {bound:.0e} {name}, this one {value:.1e}: offer smaller choices"
+                )
+        least, codes = self._costs(self.smallest), self.encode([self.smallest])[0]
+        for column, dimension in enumerate(self.dimensions):
+            for code in range(len(dimension.choices)):
+                other = np.where(np.arange(len(codes)) == column, code, codes)[None]
+                here = self._costs(self.decode(other)[0]) if self.valid(other)[0] else least
+                if any(a < b for a, b in zip(here, least, strict=True)):
+                    raise InputError(
+                        f"{dimension.name}: {dimension.choices[code]!r} costs less than {self.smallest[dimension.name]!r}, so there is "
+                        "no smallest network (a shortcut convolution that only some widths have can do this): offer other widths"
+                    )
+
+    def _costs(self, arch: Arch) -> tuple[int, int, int]:
+        """`macs`, `params`, `peak_memory_bytes`; what `supernet/costs.py` gives, which knows spaces."""
+        blocks = [block_cost(spec) for spec in self.plan(arch).values()]
+        return (
+            sum(block.macs for block in blocks), sum(block.params for block in blocks),
+            max(block.peak_memory_bytes for block in blocks),
+        )  # fmt: skip
 
     @property
     def dimensions(self) -> tuple[Dimension, ...]:
@@ -138,9 +163,10 @@ class Space:
         return self.decode(codes)[0]
 
     def contains(self, arch: Arch) -> bool:
-        """Whether `arch` is one of this space."""
+        """Whether `arch` is one of this space, in its canonical form."""
         try:
-            return self.arch(arch.as_dict()) == arch
+            found = self.arch(arch.as_dict())
+            return found == arch and found.to_json() == arch.to_json()  # 8.0 equals 8, but is written otherwise
         except InputError:
             return False
 
@@ -182,12 +208,12 @@ class Space:
         found: dict[int, set[tuple[int, int]] | None] = {}
         for slot in self.family.slots:
             for name in {name for _, name in slot.roles}:
-                before = found.setdefault(column[name], set())
-                if slot.needs is None or before is None:
+                before, needs = found.setdefault(column[name], set()), dict(slot.where).get(name, slot.needs)
+                if needs is None or before is None:
                     found[column[name]] = None
                 else:
-                    choices = self.by_name[slot.needs[0]].choices
-                    before.add((column[slot.needs[0]], sum(float(choice) < slot.needs[1] for choice in choices)))
+                    choices = self.by_name[needs[0]].choices
+                    before.add((column[needs[0]], sum(float(choice) < needs[1] for choice in choices)))
         return {where: tuple(sorted(conditions)) if conditions else () for where, conditions in found.items()}
 
     def sample_codes(self, count: int, rng: np.random.Generator) -> Codes:
@@ -213,9 +239,9 @@ class Space:
     def sample_apart(self, count: int, rng: np.random.Generator) -> list[Arch]:
         """`count` random archs for one training step: where choices have no order, they take turns.
 
-        Of such a dimension with n choices any n archs in a row are dealt n different ones (after strict fairness, Chu et al. 2021,
-        arXiv 1907.01845), so that all get trained; other choices are uniform and independent. A turn is lost where the choice has
-        no effect in its arch.
+        Of such a dimension with n choices every n archs of the step, counted from its first, are dealt n different ones (after strict
+        fairness, Chu et al. 2021, arXiv 1907.01845); other choices are uniform and independent. Each step deals anew. A turn is lost
+        where the choice has no effect in its arch.
         """
 
         def draw(many: int) -> Codes:
@@ -287,7 +313,7 @@ def _joined(groups: list[set[int]]) -> list[set[int]]:
 
 def _position(dimension: Dimension, choice: object, where: str) -> int:
     for position, offered in enumerate(dimension.choices):
-        if type(offered) is type(choice) and offered == choice:  # 1, 1.0 and True differ
+        if offered == choice and isinstance(offered, bool) == isinstance(choice, bool):  # 1 is 1.0, but True is not 1
             return position
     raise InputError(f"{where}: {dimension.name} must be one of {list(dimension.choices)}, but got {choice!r}")
 
@@ -317,5 +343,9 @@ def read_arch(space: Space, text: str) -> Arch:
     value = config.read(path)
     if isinstance(value.get("arch"), dict):
         value = value["arch"]
-    tabular = any(isinstance(entry, list) for entry in value.values())  # our own form holds no lists
-    return space.arch(space.family.from_table(value) if tabular else value, str(path))
+    tabular = any(isinstance(entry, list | dict) for entry in value.values())  # our own form is flat
+    try:
+        choices = space.family.from_table(value) if tabular else value
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return space.arch(choices, str(path))

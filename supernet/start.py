@@ -10,12 +10,13 @@ from typing import Any
 from supernet import defaults
 from supernet.data.sources import Source, open_source, unreadable
 from supernet.data.splits import divide
+from supernet.donor import named, read_donor
 from supernet.errors import InputError
 from supernet.model import Supernet
 from supernet.recipe import TrainConfig, load_recipe
 from supernet.run import Run
 from supernet.space import Space, load_space
-from supernet.warm import fill, read_donor
+from supernet.warm import fill
 
 MOST_CHECKED = 50_000
 """Image files decoded before a run begins, so that a damaged one is not found after an hour; larger sets are read as they come."""
@@ -40,7 +41,9 @@ def start(
     space, recipe or weights that cannot be used, before anything is written.
     """
     if (out / "config.json").exists():
-        raise InputError(f"{out} holds a run already: continue it with --resume, or choose another --out")
+        raise InputError(
+            f"{out} holds a run already: continue it with `nestling train --resume --out {out}`, or choose another --out"
+        )
     source = open_source(data, root=root, download=download)
     _check_files(source)
     name, why = (space, "as asked") if space else defaults.space_for(source.image_size, len(source), device)
@@ -73,7 +76,7 @@ def refuse_other(
         space is None or load_space(space, classes=len(run.classes), in_channels=run.data["channels"]).key == run.space.key
     )
     same_recipe = recipe is None or load_recipe(recipe).name == run.recipe.name
-    same_init = init is None or (run.init or {}).get("source") == init
+    same_init = init is None or (run.init or {}).get("source") == named(init)
     if not (same_data and same_space and same_recipe and same_init):
         raise InputError(f"{run.path} holds a run of other data, space, recipe or initial weights: choose another --out, or leave "
                          "these options out")  # fmt: skip

@@ -170,6 +170,8 @@ class Classification:
 
         if one.shape != other.shape:
             raise ValueError(f"children are compared on the same images, but got {one.shape} and {other.shape}")
+        if not len(one):
+            raise InputError("children are compared on at least one image, but the split is empty: give more images")
         wins, losses_, images = int(np.sum(one & ~other)), int(np.sum(~one & other)), len(one)
         difference = (wins - losses_) / images
         error = 1.96 * math.sqrt(max(wins + losses_ - (wins - losses_) ** 2 / images, 0)) / images
@@ -177,6 +179,8 @@ class Classification:
         return Comparison(difference, difference - error, difference + error, p_value)
 
 
+WORST = 1e30
+"""Mean squared error of an output that is not finite: -300 dB."""
 MOST_PSNR_DB = 100.0
 """Score of an image that is exactly right: that of a mean squared error of 1e-10 (pixels in 0..1), where fp32 ends."""
 
@@ -228,7 +232,7 @@ class Regression:
     def scores(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """PSNR of each image in dB, shape (N,), fp32."""
         std = torch.tensor(self.std, dtype=torch.float64, device=outputs.device).view(1, -1, 1, 1)
-        error = ((outputs.double() - targets.double()) * std).square().mean((1, 2, 3))
+        error = ((outputs.double() - targets.double()) * std).square().mean((1, 2, 3)).nan_to_num(nan=WORST, posinf=WORST)
         return (-10 * error.clamp_min(10 ** (-MOST_PSNR_DB / 10)).log10()).float()
 
     def pack(self, scores: Scores) -> bytes:

@@ -27,7 +27,7 @@ pytest.register_assert_rewrite("deploy.conformance")
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
-SLOW_CONFORMANCE = ("for_200_children", "arch-1", "arch-2", "every_batch_size[1]")
+SLOW_CONFORMANCE = ("for_200_children", "arch-0", "arch-1", "arch-2", "every_batch_size[1]", "-foreach", "-fused")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

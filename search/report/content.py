@@ -16,6 +16,7 @@ from search.report.figures import Measure
 from search.report.page import ReportContent, write_report
 from search.store import Store
 from supernet import durable
+from supernet.console import number_of
 from supernet.costs import Costs
 from supernet.errors import InputError
 from supernet.run import Run
@@ -126,7 +127,7 @@ def _facts(run: Run, result: Mapping[str, Any]) -> list[tuple[str, str]]:
     sizes = {name: len(getattr(splits, name)) for name in ("train", "search_val", "confirm", "test")}
     seconds = result.get("seconds", {})
     return [
-        ("space", f"{run.space.name}, {run.space.size:.3g} archs"),
+        ("space", f"{run.space.name}, {number_of(run.space.size)} archs"),
         ("data", f"{Path(run.data['name']).name}, {len(run.classes)} classes"),
         ("images", ", ".join(f"{name} {count}" for name, count in sizes.items())),
         ("recipe", f"{run.recipe.name}, {run.recipe.epochs} epochs, batch {run.recipe.batch_size}"),

@@ -18,7 +18,7 @@ from supernet.family import Codes
 from supernet.space import Space
 
 LEVELS = 3
-MOST_GRID = 100_000
+MOST_GRID = 20_000
 DRAWS = 2_000
 """Mutants drawn at most for one round; beyond it the neighbourhood is exhausted."""
 

@@ -215,6 +215,9 @@ class ImageSpec(BlockSpec):
 class ImageConv(nn.Conv2d):
     """The last convolution: begins small, so that an untrained network gives the mean image (0, where images are normalised)."""
 
+    counts = "image channels"
+    """What its outputs are; a part of them is never taken from another network."""
+
     def initial(self, parameter: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
         """Normal, 0.01."""
         return torch.empty(shape).normal_(0, 0.01, generator=generator)

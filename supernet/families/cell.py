@@ -196,7 +196,7 @@ class CellFamily(Family):
         return [(each, on_a_path(self.config.nodes, list((codes[:, each] != 0).T))) for each in columns]
 
     def canonical(self, codes: Codes) -> Codes:
-        """Edges on no path from input to output are "none"."""
+        """Edges on no path from input to output are "none". Cells that only name their nodes differently stay apart."""
         codes = codes.copy()
         for columns, useful in self._cells(codes):
             codes[:, columns] *= np.stack(useful, axis=1)

@@ -162,6 +162,11 @@ class MBConvFamily(Family):
         different = sum(math.prod(len({multiple(width, by) for width in offered}) for offered in widths) for by in divisors)
         return networks // (len(divisors) * math.prod(len(offered) for offered in widths)) * different
 
+    @property
+    def layout(self) -> Mapping[str, object]:
+        """What a gate is made of."""
+        return {"gate": self.config.gate}
+
     def from_timm(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state dict of timm's mobilenetv3_* or efficientnet_* under our names; see `our_names`."""
         return our_names(state)

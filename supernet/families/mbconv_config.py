@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, PlainValidator, StrictBool, StrictInt, model_validator
 
 from supernet.arch import Choice
+from supernet.blocks import divisible
 from supernet.config import Config
 from supernet.families.chosen import Level, shared
 from supernet.families.mbconv_blocks import Gate, Shortcut, multiple
@@ -218,6 +219,7 @@ class MBConvConfig(FamilyConfig):
             for part in PARTS:
                 self._check_offer(f"stages.{number}.{part}", getattr(stage, part), part, max(stage.depth))
             self._check_map(number)
+            self._check_ratios(number)
             self._check_shortcut(number)
         if min(self.resolution) < self.stem.stride or min(self.resolution) < 2:
             raise ValueError(
@@ -237,6 +239,18 @@ class MBConvConfig(FamilyConfig):
                 raise ValueError(
                     f"{where}: must hold a list for each of the {depth} blocks of the deepest stage, but got {len(offer)}"
                 )
+
+    def _check_ratios(self, number: int) -> None:
+        """Two ratios that give the same channels would be two names of one network; divisors above 8 may still make them equal."""
+        stage, before = self.stages[number], (self.stages[number - 1] if number else self.stem).width
+        for block in range(max(stage.depth)):
+            ratios = offers(stage.expand_ratio, block)
+            for width in before if block == 0 else stage.width:
+                expanded = [width if ratio == 1 else divisible(width * float(ratio)) for ratio in ratios]
+                twice = next((at for at in range(1, len(ratios)) if expanded[at] in expanded[:at]), None)
+                if twice is not None:
+                    pair = f"{ratios[twice - 1]} and {ratios[twice]} both give {expanded[twice]} channels at width {width}"
+                    raise ValueError(f"stages.{number}.expand_ratio: {pair}: leave one out, or use ratios further apart")
 
     def _check_map(self, number: int) -> None:
         """Over the map that enters the stage, at the smallest resolution."""

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, ClassVar, Literal, Self
 
-import numpy as np
 from pydantic import AfterValidator, Field, StrictInt, model_validator
 from torch import nn
 
 from supernet.arch import Choice
 from supernet.blocks import ACTIVATIONS, Classifier, LinearNorm
 from supernet.config import Config
-from supernet.family import BlockSpec, Choices, Codes, Dimension, Family, FamilyConfig, Slot
+from supernet.family import BlockSpec, Choices, Dimension, Family, FamilyConfig, Slot
 from supernet.operations import Operations
 
 OFFERED = ("relu", "hard_swish", "swish")
@@ -162,7 +161,8 @@ class MLPFamily(Family):
             roles = (here, act, ("in_width", self.width_of(layer - 1))) if layer > 1 else (size, here, act)
             slots.append(Slot(f"layer{layer}", roles, ("depth", layer) if layer > 1 else None))
         widths = [(self.width_of(layer), self.width_of(layer)) for layer in range(1, self.config.depth[-1] + 1)]
-        return (*slots, Slot("head", tuple(dict.fromkeys([("depth", "depth"), *widths]))))
+        where = tuple((name, ("depth", layer)) for layer, (name, _) in enumerate(widths, start=1)) if self.free else ()
+        return (*slots, Slot("head", tuple(dict.fromkeys([("depth", "depth"), *widths])), where=where))
 
     def block(self, slot: Slot, choices: Mapping[str, Choice]) -> BlockSpec:
         """The block in `slot`. Vectors have no pixels: `in_size` is 0 behind the first layer."""
@@ -175,22 +175,10 @@ class MLPFamily(Family):
         size = cast["resolution"]
         return LayerSpec(self.in_channels * size**2, width, activation, (self.in_channels, size), in_size=size)
 
-    def canonical(self, codes: Codes) -> Codes:
-        """The first width for layers that do not stand (the head names all widths, so the space takes them for live)."""
-        if not self.free:
-            return codes
-        layers = np.arange(1, self.config.depth[-1] + 1)
-        stands = layers <= np.array(self.config.depth)[codes[:, 1]][:, None]
-        codes = codes.copy()
-        codes[:, 2 : 2 + len(layers)] *= stands
-        return codes
-
-    def count(self, networks: int) -> int:
-        """Sum over the depths, where widths are chosen layer by layer."""
-        config = self.config
-        if not self.free:
-            return networks
-        return len(config.activation) * sum(int(len(config.width) ** depth) for depth in config.depth)
+    @property
+    def layout(self) -> Mapping[str, object]:
+        """Pixels of the images."""
+        return {"resolution": self.config.resolution}
 
     def cover(self, slot: Slot) -> Iterator[Mapping[str, Choice]]:
         """All combinations; of the head, whose input may have any layer's width, every width at the greatest depth."""

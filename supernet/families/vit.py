@@ -155,7 +155,7 @@ class ViTFamily(Family):
 
         The last two are lists with a number for each layer, or numbers where the space chooses them for the network.
         """
-        given = {**({"resolution": self.config.resolution[0]} if len(self.config.resolution) == 1 else {}), **entry}
+        given = {**({"resolution": self.config.resolution[0]} if len(self.config.resolution) == 1 else {}), **_our_table(entry)}
         choices: dict[str, Choice] = {}
         for key in ("resolution", "embed_dim", "depth", "heads", "mlp_ratio"):
             if key not in given:
@@ -172,8 +172,8 @@ class ViTFamily(Family):
         return choices
 
     def _number(self, key: str, value: object) -> Choice:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"{key!r} must be a number here, but got {value!r}: change it")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MOST_NUMBER:
+            raise InputError(f"{key!r} must be a positive number here, but got {value!r}: change it")
         return float(value) if key == "mlp_ratio" else value
 
     def rows(self, choices: Mapping[str, tuple[Choice, ...]]) -> list[dict[str, object]]:
@@ -207,6 +207,15 @@ class ViTFamily(Family):
             found |= {"embed.class_token": state["cls_token"].flatten(), "embed.class_position": position[0]}
         return found
 
+    @property
+    def layout(self) -> Mapping[str, object]:
+        """Patches and heads."""
+        return {"patch_size": self.config.patch_size, "head_dim": self._head_dim}
+
+    @property
+    def _head_dim(self) -> int:
+        return self.config.head_dim or self.config.embed_dim[0] // self.config.heads[0]
+
     def fitted(self, name: str, value: Tensor, shape: torch.Size) -> Tensor:
         """Positions of another grid are interpolated to the grid of the largest resolution, as children do it."""
         if name != "embed.position" or value.ndim != 3 or value.shape[1:] == shape[1:]:
@@ -215,7 +224,7 @@ class ViTFamily(Family):
 
     def _head_major(self, qkv: Tensor) -> Tensor:
         """From timm's order of outputs, ({q, k, v}, head, head_dim), to ours, (head, {q, k, v}, head_dim)."""
-        head_dim = self.config.head_dim or self.config.embed_dim[0] // self.config.heads[0]
+        head_dim = self._head_dim
         if len(qkv) % (3 * head_dim):
             raise InputError(
                 f"the weights must have heads of head_dim {head_dim}, but their attention is {len(qkv) // 3} wide: name another model"
@@ -223,6 +232,21 @@ class ViTFamily(Family):
         return qkv.reshape(3, -1, head_dim, *qkv.shape[1:]).transpose(0, 1).flatten(0, 2)
 
 
+def _our_table(entry: Mapping[str, object]) -> dict[str, object]:
+    """AutoFormer's two forms (the keys of its code, and those of its files below RETRAIN) under our names."""
+    inner = entry.get("RETRAIN", entry)
+    if not isinstance(inner, Mapping):
+        raise InputError(f"'RETRAIN' must hold MLP_RATIO, NUM_HEADS, DEPTH and EMBED_DIM, but got {inner!r}: give a mapping")
+    names = {"layer_num": "depth", "num_heads": "heads"}
+    found = {names.get(str(key).lower(), str(key).lower()): value for key, value in inner.items()}
+    width = found.get("embed_dim")
+    if isinstance(width, list) and width and all(value == width[0] for value in width):
+        found["embed_dim"] = width[0]  # its code repeats the width for each layer
+    return found
+
+
+MOST_NUMBER = 1e9
+"""Beyond all choices."""
 _MODULES = {"patch_embed.proj": "embed.patches", "norm": "head.norm", "head": "head.classifier"}
 _OF_A_LAYER = {
     "norm1": "norm1", "attn.qkv": "attention.qkv", "attn.proj": "attention.proj", "norm2": "norm2", "mlp.fc1": "expand",

@@ -22,6 +22,8 @@ from supernet.blocks import Classifier
 from supernet.family import BlockSpec
 from supernet.operations import Constant, Operations, Value
 
+HALF = (torch.float16, torch.bfloat16)
+"""In which torch does not interpolate."""
 EPSILON = 1e-6
 """Of every layer norm, as in the published vision transformers."""
 
@@ -100,7 +102,8 @@ class Embed(nn.Module):
         """Position embeddings of a grid of `size`, shape (D, size, size): bicubic with antialiasing where it is a smaller one."""
         if self.position.shape[-1] == size:
             return self.position
-        return interpolate(self.position[None], (size, size), mode="bicubic", antialias=True)[0]
+        whole = self.position[None].float() if self.position.dtype in HALF else self.position[None]
+        return interpolate(whole, (size, size), mode="bicubic", antialias=True)[0].to(self.position.dtype)
 
     def forward(self, images_nchw: Tensor) -> Tensor:
         """Tokens, shape (N, T, D); the class token is the first.

@@ -18,7 +18,7 @@ class TestAllAtOnce(FamilySuite):
         "chosen_per": {"kernel_size": "block", "expand_ratio": "block", "activation": "stage", "squeeze_excite": "block"},
         "stem": {"width": [8, 16], "stride": 1, "activation": ["relu", "swish"]},
         "stages": [
-            {"width": [8, 16], "depth": [1, 2], "kernel_size": [[1, 3, 5], [3]], "expand_ratio": [[1, 1.5], [2.3, 2.5, 3]], "stride": 2,
+            {"width": [8, 16], "depth": [1, 2], "kernel_size": [[1, 3, 5], [3]], "expand_ratio": [[1, 1.5], [2, 3.2, 4.5]], "stride": 2,
              "squeeze_excite": [[False, True], [True]], "activation": ["relu", "hard_swish", "swish"]},
         ],
         "head": {"expand_width": 24, "width": [16, 24], "bias": True, "activation": ["relu", "swish"]},

@@ -20,12 +20,13 @@ from deploy.probe import probe
 from deploy.runtimes.onnxruntime import OnnxRuntime
 from supernet.arch import Arch
 from supernet.costs import arch_costs
+from supernet.donor import donor_of_state
 from supernet.errors import InputError
 from supernet.families.resnet import ResidualSpec, mid_width
 from supernet.model import Supernet, plain
 from supernet.recount import OPERATORS, recount
 from supernet.space import Space, load_space, read_arch
-from supernet.warm import donor_of_state, fill
+from supernet.warm import fill
 from tests.deploy.conftest import as_trained
 from tests.deploy.test_peak_memory import peak_bytes
 from tests.deploy.test_probe import assert_probe_is_the_export

@@ -164,7 +164,7 @@ def test_a_damaged_config_is_an_input_error_that_names_it(run: Run, text: str) -
         (lambda value: value.update(space=None), "config.json is incomplete \\(missing: \\['space'\\]\\)"),
         (lambda value: value.update(task="x"), "task must be one of \\['classification', 'regression'\\], but got 'x'"),
         (lambda value: value.update(task="regression"), "the space tiny learns classification, but task is 'regression'"),
-        (lambda value: value["data"].update(std=0.3), "config.json: data.std must be a list of numbers"),
+        (lambda value: value["data"].update(std=0.3), "config.json: data.std must be a list of a positive number"),
         (lambda value: value.update(task=["classification"]), "config.json is incomplete \\(missing: \\['task'\\]\\)"),
         (lambda value: value["recipe"].update(epochs=0), "config.json: recipe: epochs: Input should be greater"),
         (lambda value: value["space"].update(resolution=[]), "config.json: space: resolution: choices must be listed"),

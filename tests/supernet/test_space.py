@@ -176,7 +176,6 @@ def test_a_complete_choice_makes_an_arch_in_the_order_of_the_space(tiny_space: S
         ({"resolution": None}, "paper: a choice for 'resolution' is missing: add one of \\[6, 8\\]"),
         ({"resolution": 7}, "paper: resolution must be one of \\[6, 8\\], but got 7"),
         ({"resolution": "6"}, "paper: resolution must be one of \\[6, 8\\], but got '6'"),
-        ({"resolution": 6.0}, "paper: resolution must be one of \\[6, 8\\], but got 6.0"),
         ({"resolution": [6]}, "paper: resolution must be one of \\[6, 8\\], but got \\[6\\]"),
         ({"stage1.depth": True}, "paper: stage1.depth must be one of \\[1, 2\\], but got True"),
     ],
@@ -293,3 +292,28 @@ def test_an_unknown_space_is_named_with_the_nearest() -> None:
 def test_too_many_channels_are_refused_by_name() -> None:
     with pytest.raises(InputError, match="in_channels: Input should be less than or equal to 4"):
         load_space("digits", in_channels=5)
+
+
+def test_a_space_whose_smallest_network_is_not_the_cheapest_is_refused() -> None:
+    """Width 128 into 128 needs no shortcut convolution, 80 into 128 does."""
+    definition = {
+        "name": "odd", "family": "mbconv", "resolution": [16], "stem": {"width": [80, 128], "stride": 1}, "classes": 3,
+        "stages": [{"width": [128], "depth": [1], "kernel_size": [3], "expand_ratio": [1], "stride": 1}], "head": {"width": [16]},
+    }  # fmt: skip
+    with pytest.raises(InputError, match=r"it: stem\.width: 128 costs less than 80, so there is no smallest network"):
+        Space.from_definition(definition, "it")
+
+
+@pytest.mark.parametrize("changes", [{"resolution": [90_000]}, {"head": {"width": [100_000], "expand_ratio": 90_000}}])
+def test_a_network_that_no_machine_holds_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="the largest network has at most"):
+        Space.from_definition({**load_space("digits").definition, **changes})
+
+
+def test_two_ratios_of_the_same_channels_are_refused() -> None:
+    definition = {
+        "name": "odd", "family": "mbconv", "resolution": [16], "stem": {"width": [8], "stride": 1}, "classes": 3,
+        "stages": [{"width": [8], "depth": [1], "kernel_size": [3], "expand_ratio": [3, 3.3], "stride": 1}], "head": {"width": [16]},
+    }  # fmt: skip
+    with pytest.raises(InputError, match=r"stages\.0\.expand_ratio: 3 and 3\.3 both give 24 channels at width 8"):
+        Space.from_definition(definition)

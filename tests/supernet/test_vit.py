@@ -22,12 +22,13 @@ from deploy.runtimes.onnxruntime import OnnxRuntime
 from supernet.arch import Arch
 from supernet.config import find, read
 from supernet.costs import arch_costs
+from supernet.donor import donor_of_state
 from supernet.errors import InputError
 from supernet.families.vit_blocks import Attention, Embed, LayerSpec
 from supernet.model import Supernet, plain
 from supernet.recount import OPERATORS, recount
 from supernet.space import Space, load_space
-from supernet.warm import donor_of_state, fill
+from supernet.warm import fill
 from tests.deploy.conftest import as_trained
 from tests.deploy.test_peak_memory import peak_bytes
 from tests.deploy.test_probe import assert_probe_is_the_export
@@ -308,9 +309,9 @@ def test_an_entry_of_a_table_is_the_arch() -> None:
         ({"depth": None}, "'depth' is missing"),
         ({"heads": [1]}, "'heads' must be a list of depth = 2 numbers"),
         ({"heads": 2}, "'heads' must be a list of depth = 2 numbers"),
-        ({"embed_dim": [8]}, "'embed_dim' must be a number"),
-        ({"heads": [1, "2"]}, "'heads' must be a number"),
-        ({"depth": True}, "'depth' must be a number"),
+        ({"embed_dim": [8, 6]}, "'embed_dim' must be a positive number"),
+        ({"heads": [1, "2"]}, "'heads' must be a positive number"),
+        ({"depth": True}, "'depth' must be a positive number"),
     ],
 )
 def test_a_bad_entry_of_a_table_is_refused(change: dict[str, Any], words: str) -> None:

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from supernet.calibrate import calibrate
+from supernet.donor import Donor, donor_of_network, donor_of_state, read_donor
 from supernet.errors import InputError
 from supernet.model import Supernet
 from supernet.run import Run
@@ -21,7 +23,7 @@ from supernet.slicing import part_of
 from supernet.space import Space, load_space
 from supernet.start import resume, start
 from supernet.train import train
-from supernet.warm import Donor, arch_of, donor_of_state, fill, read_donor
+from supernet.warm import arch_of, fill
 
 SPACE = load_space("digits")
 
@@ -93,8 +95,10 @@ def test_a_network_that_is_too_large_is_taken_in_part_and_has_no_arch() -> None:
     fresh = Supernet(SPACE)
     begun = fill(fresh, Donor("it", state))
     assert begun.arch is None and not begun.statistics
-    reasons = ["larger than", "not finite", "another centre", "it has 1 axes", "no such part"]
-    assert len(begun.left) == 5 and all(any(reason in text for text in begun.left.values()) for reason in reasons)
+    reasons = ["larger than", "not finite", "another centre", "it has 1 axes", "no such part", "it stays 0"]
+    assert {"stage1_0.project.norm.weight", "stage2_0.project.norm.weight"} <= begun.left.keys()
+    assert not fresh.get_parameter("stage2_0.project.norm.weight").any()
+    assert len(begun.left) == 7 and all(any(reason in text for text in begun.left.values()) for reason in reasons)
     assert all(torch.isfinite(value).all() for value in fresh.parameters())
     with pytest.raises(InputError, match="is no child of the space digits"):
         begun.network(fresh)
@@ -159,7 +163,7 @@ def test_a_run_whose_initial_weights_changed_is_refused(easy_npz: Path, tmp_path
         ("timm:efficientnet_b00", r"timm has no network 'efficientnet_b00'. Did you mean 'efficientnet_b0'\?"),
         ("nowhere", "--init is timm:NAME, a safetensors file or the directory of a run, but got 'nowhere'"),
         ("pickle.pt", r"weights are taken from .safetensors files only; pickled ones .* are never opened"),
-        ("other.safetensors", "nothing of .* fits into the space digits"),
+        ("other.safetensors", "hardly anything of .* fits into the space digits"),
         ("untrained", "has no whole checkpoint to start from"),
     ],
 )
@@ -173,3 +177,81 @@ def test_what_cannot_be_taken_is_refused_before_anything_is_written(
     with pytest.raises(InputError, match=message if source != "nowhere" else "--init is timm:NAME"):
         start(str(easy_npz), tmp_path / "run", epochs=1, init=given)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_shapes_leave_open_is_no_arch(tiny_run: Run) -> None:
+    definition = {"name": "open", "family": "mlp", "classes": 3, "in_channels": 1, "resolution": 8, "depth": [1, 2], "width": [8, 16],
+                  "activation": ["relu", "swish"]}  # fmt: skip
+    space = Space.from_definition(definition)
+    state = Supernet(space, seed=1).extract(space.smallest).state_dict()
+    begun = fill(Supernet(space), donor_of_state(space, "a child", state))
+    assert begun.arch is None and not begun.statistics and not begun.left
+    fixed = Space.from_definition({**definition, "activation": ["relu"]})
+    found = fill(Supernet(fixed), donor_of_state(fixed, "a child", state)).arch
+    assert found is not None and found["depth"] == 1 and found["width"] == 8
+
+
+def test_pixels_and_image_channels_are_never_taken_in_part() -> None:
+    definition = {
+        "name": "pixels",
+        "family": "mlp",
+        "classes": 3,
+        "in_channels": 1,
+        "resolution": 8,
+        "depth": [1],
+        "width": [8],
+    }
+    small, large = (Space.from_definition({**definition, "resolution": size}) for size in (8, 10))
+    with pytest.raises(InputError, match=r"hardly anything of it fits into the space pixels \(43 of 555 weights\)"):
+        fill(Supernet(large), donor_of_state(large, "it", plain_state(small)))  # all but its first layer
+    grey, colour = (load_space("autoencoder", in_channels=channels) for channels in (1, 3))
+    begun = fill(Supernet(colour), donor_of_state(colour, "it", plain_state(grey)))
+    assert {"stem.conv.weight", "image.weight", "image.bias"} <= begun.left.keys()
+
+
+def plain_state(space: Space) -> dict[str, Tensor]:
+    """Weights of the largest child."""
+    return Supernet(space, seed=2).extract(space.largest).state_dict()
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet50d", *(pytest.param(each, marks=pytest.mark.slow) for each in ("resnetblur50d", "resnetaa50d"))]
+)
+def test_a_network_that_computes_otherwise_is_not_taken_for_the_child(name: str) -> None:
+    space = Space.from_definition({**load_space("resnet50d").definition, "resolution": [64]})
+    torch.manual_seed(0)
+    network = timm.create_model(name, pretrained=False).eval()
+    network.pretrained_cfg["input_size"] = (3, 64, 64)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.02)
+    begun = fill(Supernet(space), donor_of_network(space, name, network))
+    assert (begun.arch is not None) == begun.proven == (name == "resnet50d")
+    assert bool(begun.statistics) == begun.proven
+
+
+def test_a_run_of_another_layout_or_family_is_refused(tiny_run: Run, tmp_path: Path) -> None:
+    other = Space.from_definition({**tiny_run.space.definition, "gate": "efficientnet"})
+    with pytest.raises(
+        InputError, match=r"has the layout \{'gate': 'mobilenetv3'\}, the space digits \{'gate': 'efficientnet'\}"
+    ):
+        read_donor(other, str(tiny_run.path))
+    with pytest.raises(InputError, match="has the family mbconv, the space mlp mlp"):
+        read_donor(load_space("mlp"), str(tiny_run.path))
+
+
+def test_statistics_that_are_damaged_are_not_kept() -> None:
+    network, _ = trained(SPACE, 5)
+    for change in ({"stem.norm.running_var": torch.full((8,), -1.0)}, {"stem.norm.running_mean": torch.zeros(3)}):
+        begun = fill(Supernet(SPACE), donor_of_state(SPACE, "it", {**network.state_dict(), **change}))
+        assert begun.arch is not None and not begun.statistics
+        begun.network(Supernet(SPACE))  # with fresh statistics
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_what_is_no_weight_is_not_taken(dtype: torch.dtype) -> None:
+    network, _ = trained(SPACE, 5)
+    state = {**network.state_dict(), "stem.conv.weight": torch.zeros(8, 1, 3, 3, dtype=dtype), "head.x\n\x1b": torch.zeros(0)}
+    begun = fill(Supernet(SPACE), donor_of_state(SPACE, "it", state))
+    assert "it holds no weights" in begun.left["stem.conv.weight"]
+    assert all(line.isprintable() for line in begun.told())

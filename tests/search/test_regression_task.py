@@ -24,6 +24,8 @@ from supernet.run import Run
 from supernet.task import TASKS, Comparison, Estimate, Scores, Task
 from supernet.train import train
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = SearchConfig(coarse=4, fine=3, parents=2, batch=3, finalists=2, profile_children=8)
 
 

@@ -8,6 +8,7 @@ from deploy.conformance import FamilySuite
 from supernet.space import Space, load_space
 
 
+@pytest.mark.slow
 class TestTiny(FamilySuite):
     """What the shipped spaces have not: class token and several grids, choices of both kinds, no bias, widths no multiple of 8."""
 

@@ -27,12 +27,7 @@ MOST_ROWS = 20_000
 
 def arch_costs(space: Space, arch: Arch) -> dict[str, int]:
     """`macs`, `params` and `peak_memory_bytes` of one arch at batch 1."""
-    blocks = [block_cost(spec) for spec in space.plan(arch).values()]
-    return {
-        "macs": sum(block.macs for block in blocks),
-        "params": sum(block.params for block in blocks),
-        "peak_memory_bytes": max(block.peak_memory_bytes for block in blocks),
-    }
+    return dict(zip(METRICS, space.costs(arch), strict=True))
 
 
 class Costs:

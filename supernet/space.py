@@ -72,25 +72,25 @@ class Space:
                 raise InputError(
                     f"a space has at most {MOST_BLOCKS:,} different blocks, this one {blocks:,}: offer fewer choices"
                 )
-        limits = zip(("macs", "params", "bytes of activations at batch 1"), self._costs(self.largest), MOST, strict=True)
+        limits = zip(("macs", "params", "bytes of activations at batch 1"), self.costs(self.largest), MOST, strict=True)
         for name, value, bound in limits:
             if value > bound:
                 raise InputError(
                     f"the largest network has at most {bound:.0e} {name}, this one {value:.1e}: offer smaller choices"
                 )
-        least, codes = self._costs(self.smallest), self.encode([self.smallest])[0]
+        least, codes = self.costs(self.smallest), self.encode([self.smallest])[0]
         for column, dimension in enumerate(self.dimensions):
             for code in range(len(dimension.choices)):
                 other = np.where(np.arange(len(codes)) == column, code, codes)[None]
-                here = self._costs(self.decode(other)[0]) if self.valid(other)[0] else least
+                here = self.costs(self.decode(other)[0]) if self.valid(other)[0] else least
                 if any(a < b for a, b in zip(here, least, strict=True)):
                     raise InputError(
                         f"{dimension.name}: {dimension.choices[code]!r} costs less than {self.smallest[dimension.name]!r}, so there is "
                         "no smallest network (a shortcut convolution that only some widths have can do this): offer other widths"
                     )
 
-    def _costs(self, arch: Arch) -> tuple[int, int, int]:
-        """`macs`, `params`, `peak_memory_bytes`; what `supernet/costs.py` gives, which knows spaces."""
+    def costs(self, arch: Arch) -> tuple[int, int, int]:
+        """`macs`, `params` and `peak_memory_bytes` of one arch at batch 1; `supernet.costs` counts many at once."""
         blocks = [block_cost(spec) for spec in self.plan(arch).values()]
         return (
             sum(block.macs for block in blocks), sum(block.params for block in blocks),

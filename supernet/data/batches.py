@@ -5,11 +5,9 @@ Axes: N images, C channels, R resolution in pixels (squares).
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,65 +16,32 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from supernet.data.sources import Source, evenly, over_images
+from supernet.data.augment import Augment
+from supernet.data.order import BALANCES, Balance, batch_size_of, epoch_order
+from supernet.data.source import Source, Unreadable, evenly, over_images
 from supernet.errors import InputError
 from supernet.preprocess import Preprocessing
 
-ORDER, AUGMENT = 2, 1  # last words of the random streams' keys; not 0, for numpy takes [a] and [a, 0] for one key
+AUGMENT, ORDER, REPLACE = 1, 2, 6  # last words of the random streams' keys; not 0, for numpy takes [a] and [a, 0] for one key
 
 
-@dataclass(frozen=True, kw_only=True)
-class Augment:
-    """Random changes of a training image; the defaults change nothing but the size.
+class Batch(NamedTuple):
+    """What a step trains on."""
 
-    `min_area`: a crop of an area fraction drawn from [min_area, 1] and an aspect of 3/4 to 4/3, log-uniform (Szegedy 2015,
-    section 6; as in torchvision); 1 keeps the square of the short side. `shift`: the image is first padded by its reflection,
-    on every side by this fraction of the short side, so the crop may lie partly outside ("pad and crop", 0.125 for CIFAR).
-    `rotate_degrees`: turned by up to so much either way, black outside. `flip`: probability of a mirror image.
-    """
+    images: Tensor
+    """uint8 (N, C, R, R)."""
+    labels: Tensor
+    """Class numbers, int64 (N,)."""
+    unreadable: tuple[str, ...] = ()
+    """Images that could not be read and that others of their class stand in for, "PLACE: REASON", each reported once."""
 
-    min_area: float = 1.0
-    flip: float = 0.0
-    shift: float = 0.0
-    rotate_degrees: float = 0.0
 
-    def __post_init__(self) -> None:
-        limits = {"min_area": (0.01, 1.0), "flip": (0.0, 1.0), "shift": (0.0, 0.5), "rotate_degrees": (0.0, 180.0)}
-        for name in (field.name for field in fields(self)):
-            low, high = limits[name]
-            if not low <= getattr(self, name) <= high:
-                raise InputError(f"augment.{name} lies in {low:g} to {high:g}, not {getattr(self, name)}")
+class _Made(NamedTuple):
+    """A batch as a worker makes it."""
 
-    def __call__(self, image: Image.Image, resolution: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-        """Change an image in mode L or RGB: uint8 (R, R, C)."""
-        if self.rotate_degrees:
-            degrees = rng.uniform(-self.rotate_degrees, self.rotate_degrees)
-            image = image.rotate(degrees, Image.Resampling.BICUBIC)
-        width, height = self._crop_size(image, rng)
-        image = self._padded(image)
-        left = int(rng.integers(image.width - width + 1))
-        top = int(rng.integers(image.height - height + 1))
-        box = (left, top, left + width, top + height)
-        small = image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
-        if rng.random() < self.flip:
-            small = small.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.asarray(small).reshape(resolution, resolution, -1)
-
-    def _crop_size(self, image: Image.Image, rng: np.random.Generator) -> tuple[int, int]:
-        for _ in range(10 if self.min_area < 1 else 0):  # torchvision, too, gives up after ten crops that do not fit
-            area = rng.uniform(self.min_area, 1) * image.width * image.height
-            aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-            width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if 1 <= width <= image.width and 1 <= height <= image.height:
-                return width, height
-        return min(image.size), min(image.size)
-
-    def _padded(self, image: Image.Image) -> Image.Image:
-        pad = round(self.shift * min(image.size))
-        if pad == 0:
-            return image
-        pixels = np.asarray(image)
-        return Image.fromarray(np.pad(pixels, [(pad, pad), (pad, pad), (0, 0)][: pixels.ndim], mode="reflect"))
+    images: Tensor
+    labels: Tensor
+    problems: tuple[tuple[int, str], ...]
 
 
 class TrainingBatches(Dataset[Any]):
@@ -85,6 +50,12 @@ class TrainingBatches(Dataset[Any]):
     So a resume needs no state, and the number of workers changes nothing. An epoch is every image once, in a fresh order,
     less the last images that do not fill a batch; a batch is never larger than the split. `workers` are processes that
     decode ahead; 0 decodes in this one.
+
+    `repeats`: so many differently augmented copies of an image in a batch (Hoffer et al. 2020); an epoch has the same number of
+    steps and shows that part of the images. `balance`: classes come equally often ("class") or by the square root of their
+    images ("sqrt"), small ones several times, large ones not whole. `rank` of `ranks` gets its contiguous slice of every batch:
+    those of all ranks make up the batch of one process. `pin`: batches lie in pinned memory where there is a CUDA device.
+    `skip_unreadable`: up to this fraction of the images may be unreadable; another image of the class stands in. 0: none may.
     """
 
     def __init__(
@@ -97,20 +68,40 @@ class TrainingBatches(Dataset[Any]):
         augment: Augment,
         seed: int,
         workers: int = 0,
+        repeats: int = 1,
+        balance: Balance = "none",
+        rank: int = 0,
+        ranks: int = 1,
+        pin: bool = False,
+        skip_unreadable: float = 0.0,
     ) -> None:
         if batch_size < 1 or resolution < 1 or seed < 0 or workers < 0:
             given = f"batch_size {batch_size}, resolution {resolution}, seed {seed}, workers {workers}"
             raise InputError(f"batch_size and resolution are at least 1, seed and workers at least 0, not {given}")
         if len(indices) == 0:
             raise InputError(f"{source.name}: there are no images to train on")
+        if balance not in BALANCES:
+            raise InputError(f"balance is one of {', '.join(BALANCES)}, not {balance!r}")
+        if not 0 <= skip_unreadable < 1:
+            raise InputError(f"skip_unreadable is a fraction of the images, 0 or more and below 1, not {skip_unreadable}")
         self.source = source
         self.indices = indices
-        self.batch_size = min(batch_size, len(indices))
+        self.batch_size = batch_size_of(len(indices), batch_size=batch_size, repeats=repeats, ranks=ranks)
+        if not 0 <= rank < ranks:
+            raise InputError(f"rank is 0 to {ranks - 1} of {ranks} ranks, not {rank}")
         self.resolution = resolution
         self.augment = augment
         self.seed = seed
         self.workers = workers
-        self._order: tuple[int, NDArray[np.int64]] = (-1, indices)  # of the epoch seen last; a cache
+        self.repeats, self.balance, self.rank, self.ranks, self.pin = repeats, balance, rank, ranks, pin
+        self.skip_unreadable = skip_unreadable
+        self.unreadable: dict[int, str] = {}
+        """What was met so far, index to "PLACE: REASON"; never more than one beyond what `skip_unreadable` allows."""
+        self._order: tuple[int, NDArray[np.int64], NDArray[np.int64]] = (
+            -1,
+            indices,
+            indices,
+        )  # of the epoch seen last; a cache
 
     @property
     def steps_per_epoch(self) -> int:
@@ -118,29 +109,59 @@ class TrainingBatches(Dataset[Any]):
         return len(self.indices) // self.batch_size
 
     def batch_indices(self, step: int) -> NDArray[np.int64]:
-        """Give the source's indices of the images of a step, int64 (N,)."""
+        """Give the source's indices of this rank's images of a step, int64 (N,)."""
+        return self._rows(step)[0]
+
+    def _rows(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """This rank's images of a step and their copies."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self.seed, epoch, 0, ORDER]).permutation(self.indices))
-        return self._order[1][position * self.batch_size : (position + 1) * self.batch_size]
+            rng = np.random.default_rng([self.seed, epoch, 0, ORDER])
+            images, copies = epoch_order(
+                self.indices, self.source.labels, rng, batches=self.steps_per_epoch, batch_size=self.batch_size,
+                repeats=self.repeats, balance=self.balance,
+            )  # fmt: skip
+            self._order = (epoch, images, copies)
+        share = self.batch_size // self.ranks
+        own = slice(self.rank * share, (self.rank + 1) * share)
+        return self._order[1][position, own], self._order[2][position, own]
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor] | str:
-        """Make the batch of a step; a file that cannot be read gives the message (an exception would lose it in a worker)."""
-        epoch, indices = step // self.steps_per_epoch, self.batch_indices(step)
+    def __getitem__(self, step: int) -> _Made | str:
+        """Make the batch of a step; what must stop the run gives the message (an exception would lose it in a worker)."""
+        epoch, (indices, copies) = step // self.steps_per_epoch, self._rows(step)
         pixels_nhwc = np.empty((len(indices), self.resolution, self.resolution, self.source.channels), np.uint8)
-        for row, index in enumerate(indices.tolist()):
-            rng = np.random.default_rng([self.seed, epoch, index, AUGMENT])
+        problems: dict[int, str] = {}
+        for row, (index, copy) in enumerate(zip(indices.tolist(), copies.tolist(), strict=True)):
+            rng = np.random.default_rng([self.seed, epoch, index, AUGMENT, *([copy] if copy else [])])
             try:
-                pixels_nhwc[row] = self.augment(self.source.image(index), self.resolution, rng)
+                pixels_nhwc[row] = self.augment(self._image(epoch, index, problems), self.resolution, rng)
             except InputError as error:
                 return str(error)
         images_nchw = np.ascontiguousarray(pixels_nhwc.transpose(0, 3, 1, 2))
-        return torch.from_numpy(images_nchw), torch.from_numpy(self.source.labels[indices])
+        return _Made(torch.from_numpy(images_nchw), torch.from_numpy(self.source.labels[indices]), tuple(problems.items()))
 
-    def batches(self, first_step: int, last_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield images uint8 (N, C, R, R) and labels int64 (N,) of the steps `first_step` to `last_step - 1`.
+    def _image(self, epoch: int, index: int, problems: dict[int, str]) -> Image.Image:
+        """Read an image, or, where that is allowed, another of its class in its place."""
+        try:
+            return self.source.image(index)
+        except Unreadable as error:
+            if self.skip_unreadable == 0:
+                raise
+            problems[index] = error.short
+        alike = self.indices[self.source.labels[self.indices] == self.source.labels[index]]
+        for other in np.random.default_rng([self.seed, epoch, index, REPLACE]).permutation(alike).tolist():
+            if other not in problems:
+                try:
+                    return self.source.image(other)
+                except Unreadable as error:
+                    problems[other] = error.short
+        raise InputError(f"no image of class {self.source.classes[self.source.labels[index]]!r} can be read: {problems[index]}")
 
-        Raises InputError, naming the file, at the step that needs a file which cannot be read.
+    def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
+        """Yield the batches of the steps `first_step` to `last_step - 1`.
+
+        Raises InputError, naming the file, at the step that needs a file which cannot be read, or, with `skip_unreadable`, at the
+        one that meets more of them than it allows.
         """
         loader: DataLoader[Any] = DataLoader(
             self,
@@ -148,12 +169,27 @@ class TrainingBatches(Dataset[Any]):
             sampler=range(first_step, last_step),
             num_workers=min(self.workers, _processors()),
             collate_fn=_as_it_is,
+            pin_memory=self.pin and torch.cuda.is_available(),
             generator=torch.Generator(),  # or the loader would draw from, and so move, torch's global generator
         )
-        for batch in loader:
-            if isinstance(batch, str):
-                raise InputError(batch)
-            yield batch
+        for made in loader:
+            if isinstance(made, str):
+                raise InputError(made)
+            images, labels, problems = made
+            yield Batch(images, labels, self._news(problems))
+
+    def _news(self, problems: tuple[tuple[int, str], ...]) -> tuple[str, ...]:
+        """Count what could not be read, and give what was not met before."""
+        news = [(index, told) for index, told in problems if index not in self.unreadable]
+        self.unreadable.update(news)
+        allowed = int(self.skip_unreadable * len(self.indices))
+        if len(self.unreadable) > allowed:
+            shown = "; ".join(list(self.unreadable.values())[-3:])
+            raise InputError(
+                f"{len(self.unreadable)} of {len(self.indices)} training images cannot be read, and skip_unreadable "
+                f"{self.skip_unreadable:g} allows {allowed} ({shown}): repair or remove them, or raise skip_unreadable"
+            )
+        return tuple(told for _, told in news)
 
 
 def images_at(source: Source, indices: NDArray[np.int64], preprocessing: Preprocessing) -> NDArray[np.uint8]:
@@ -169,15 +205,27 @@ def images_at(source: Source, indices: NDArray[np.int64], preprocessing: Preproc
 
 
 def channel_statistics(
-    source: Source, indices: NDArray[np.int64], limit: int = 2000
+    source: Source, indices: NDArray[np.int64], limit: int = 2000, *, skip_unreadable: bool = False
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel, of pixels in 0..1 of at most `limit` images spread evenly; 4 digits.
 
-    Where a channel does not vary, its deviation is given as 1, so that dividing by it is harmless.
+    Where a channel does not vary, its deviation is given as 1, so that dividing by it is harmless. An image that cannot be read
+    raises InputError, or is passed over if `skip_unreadable`.
     """
+
+    def histogram(index: int) -> list[int]:
+        try:
+            return source.image(index).histogram()
+        except Unreadable:
+            if not skip_unreadable:
+                raise
+            return [0] * 256 * source.channels
+
     counts = np.zeros((source.channels, 256), np.int64)
-    for histogram in over_images(source, evenly(indices, limit), lambda index: source.image(index).histogram()):
-        counts += np.array(histogram, np.int64).reshape(source.channels, 256)
+    for found in over_images(source, evenly(indices, limit), histogram):
+        counts += np.array(found, np.int64).reshape(source.channels, 256)
+    if not counts.any():
+        raise InputError(f"{source.name}: of {min(limit, len(indices))} training images none can be read: repair them")
     share = counts / counts.sum(axis=1, keepdims=True)
     value = np.arange(256) / 255
     mean = share @ value

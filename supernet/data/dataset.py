@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from supernet.data.batches import images_at
-from supernet.data.sources import Source
+from supernet.data.source import Source
 from supernet.data.splits import Splits
 from supernet.errors import InputError
 from supernet.preprocess import Preprocessing

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from supernet.data.sources import Source, evenly, open_source, unreadable
+from supernet.data.sources import Source, evenly, flaws, open_source
 from supernet.errors import InputError
 
 
@@ -183,7 +183,7 @@ def test_a_class_folder_may_be_a_link_to_elsewhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("digit", r"did you mean digits\?.*cifar100, a folder of class folders, or an \.npz file"),
+        ("digit", r"did you mean digits\?.*cifar100, torchvision:NAME, a folder of class folders, or an \.npz, "),
         ("CIFAR-10", r"did you mean cifar10\?"),
         ("", "no data called ''"),
         ("no/such/folder", "no folder or file /.*no/such/folder"),
@@ -199,7 +199,7 @@ def test_a_name_that_means_nothing_lists_what_is_possible(text: str, message: st
 
 def test_a_file_that_is_no_npz_is_refused(tmp_path: Path) -> None:
     path = write_image(tmp_path / "cat.png")
-    with pytest.raises(InputError, match=r"neither a folder nor an \.npz file"):
+    with pytest.raises(InputError, match=r"neither a folder nor an \.npz, \.tar or \.parquet file"):
         open_source(str(path))
 
 
@@ -238,14 +238,15 @@ def test_files_that_cannot_be_decoded_are_listed_with_the_reason(tmp_path: Path)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "JPEG")
     (root / "b" / "2.jpg").write_bytes(file.getvalue()[:-500])
     source = open_source(str(root))
-    found = unreadable(source)
-    assert [identity for identity, _ in found] == ["a/0.jpg", "b/2.jpg"]
-    assert found[0][1].startswith("is not an image")
-    assert "truncated" in found[1][1]
+    found = flaws(source)
+    assert [flaw.identity for flaw in found] == ["a/0.jpg", "b/2.jpg"]
+    assert found[0].reason.startswith("is not an image")
+    assert "truncated" in found[1].reason
+    assert [flaw.image for flaw in flaws(source, np.array([3, 0, 1]))] == [3, 0]
     assert (source.channels, source.image_size) == (3, 5)
     with pytest.raises(InputError, match=r"a/0\.jpg: is not an image.*: repair the file or remove it"):
         source.image(0)
-    assert unreadable(open_source("digits")) == []
+    assert flaws(open_source("digits")) == []
 
 
 def test_a_folder_without_one_readable_image_is_refused(tmp_path: Path) -> None:

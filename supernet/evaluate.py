@@ -1,10 +1,14 @@
-"""How good a child is: extract it, calibrate the copy on training images, score every image of a split."""
+"""How good a child is: extract it, calibrate the copy on training images, score every image of a split.
+
+In a job of several processes the batches and images are divided among them, and every process gets all scores.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +17,7 @@ from supernet.calibrate import calibrate
 from supernet.costs import arch_costs
 from supernet.data.dataset import SplitImages
 from supernet.device import fitting_threads
+from supernet.distributed import ALONE, World
 from supernet.model import Supernet
 from supernet.step import normalised
 from supernet.task import Scores, Task
@@ -24,7 +29,8 @@ CALIBRATION_BATCH = 256
 class Evaluator:
     """Calibrates and scores children of a supernet.
 
-    Images are prepared exactly as at deployment (`supernet.preprocess`), at each child's own resolution.
+    Images are prepared exactly as at deployment (`supernet.preprocess`), at each child's own resolution. In a job of several
+    processes each has the same weights, and calls the same methods in the same order; the results are the same in all.
     """
 
     supernet: Supernet
@@ -32,31 +38,54 @@ class Evaluator:
     train: SplitImages
     calibration_images: int = 2048
     batch_size: int = 256
+    world: World = ALONE
+    _parts: dict[tuple[int, range], tuple[SplitImages, SplitImages]] = field(default_factory=dict, repr=False, compare=False)
 
     def calibrated(self, arch: Arch) -> nn.Sequential:
         """An extracted copy with statistics of its own, in evaluation mode."""
         network = self.supernet.extract(arch).to(memory_format=torch.channels_last)
-        pixels = torch.from_numpy(self.train.pixels(self.supernet.space.resolution(arch), self.calibration_images))
-        size = min(CALIBRATION_BATCH, len(pixels))
-        whole = len(pixels) // size * size  # equal batches weigh the same
+        images = min(self.calibration_images, len(self.train))
+        size = min(CALIBRATION_BATCH, images)
+        own = self.world.share(images // max(1, size))  # whole batches: equal ones weigh the same
+        pixels = self._pixels(self.train, range(own.start * size, own.stop * size), self.supernet.space.resolution(arch))
         with fitting_threads(self._largest_macs):
-            return calibrate(network, self._batches(pixels[:whole], size))
+            return calibrate(network, self._batches(pixels, size), self.world)
 
     def scores(self, network: nn.Module, resolution: int, split: SplitImages) -> Scores:
         """The task's score of every image of `split`, shape (images,), in the split's order."""
-        pixels, labels = torch.from_numpy(split.pixels(resolution)), torch.from_numpy(split.labels).to(self._device)
+        own = self.world.share(len(split))
+        pixels = self._pixels(split, own, resolution)
+        labels = torch.from_numpy(split.labels[own.start : own.stop]).to(self._device)
         found = []
         with torch.no_grad(), fitting_threads(self._largest_macs):
             for position, images in enumerate(self._batches(pixels, self.batch_size)):
                 start = position * self.batch_size
                 targets = self.task.targets(images, labels[start : start + len(images)])
                 found.append(self.task.scores(network(images), targets))
-        scores: Scores = torch.cat(found).cpu().numpy()
-        return scores
+        return self._of_all(torch.cat(found).cpu().numpy() if found else None, len(split))
 
     def evaluate(self, arch: Arch, split: SplitImages) -> Scores:
         """Calibrate and score one child."""
         return self.scores(self.calibrated(arch), self.supernet.space.resolution(arch), split)
+
+    def _of_all(self, own: Scores | None, images: int) -> Scores:
+        """The scores of the processes one after another; `own` is None where this one has no images."""
+        if self.world.size == 1 and own is not None:
+            return own
+        packed = self.world.gather(b"" if own is None else self.task.pack(own))
+        counts = [len(World(rank, self.world.size).share(images)) for rank in range(self.world.size)]
+        return np.concatenate([self.task.unpack(part, count) for part, count in zip(packed, counts, strict=True)])
+
+    def _pixels(self, split: SplitImages, own: range, resolution: int) -> Tensor:
+        """This process's images of `split`, shape (images, H, W, C); the others are not even read."""
+        if not own:
+            return torch.empty(0, 0, 0, 0, dtype=torch.uint8)
+        if own.start == 0:
+            return torch.from_numpy(split.pixels(resolution, own.stop))
+        if (id(split), own) not in self._parts:
+            part = replace(split, indices=split.indices[own.start : own.stop], _cache={})
+            self._parts[id(split), own] = split, part
+        return torch.from_numpy(self._parts[id(split), own][1].pixels(resolution))
 
     @property
     def _largest_macs(self) -> int:
@@ -69,5 +98,5 @@ class Evaluator:
 
     def _batches(self, pixels_nhwc: Tensor, size: int) -> Iterator[Tensor]:
         mean, std = (torch.tensor(value, device=self._device).view(1, -1, 1, 1) for value in (self.train.mean, self.train.std))
-        for part in torch.split(pixels_nhwc, size):
+        for part in torch.split(pixels_nhwc, max(1, size)) if len(pixels_nhwc) else ():
             yield normalised(part.to(self._device).permute(0, 3, 1, 2), mean, std)

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from supernet.arch import Arch
 from supernet.blocks import initial
 from supernet.family import BlockSpec
+from supernet.norms import OF_BATCH, Statistics, normalising_by
 from supernet.slicing import part_of
 from supernet.space import Space
 
@@ -42,6 +43,43 @@ class _Binding:
     def holds(self) -> bool:
         whole = self.whole
         return self.owner.get(self.name) is whole and whole.data_ptr() == self.address and whole.requires_grad == self.learns
+
+
+@dataclass(frozen=True, slots=True)
+class _Purpose:
+    """What a block is bound for, beside its geometry: a bound block holds no mode."""
+
+    drop: float
+    statistics: Statistics
+
+
+@dataclass(frozen=True, slots=True)
+class GradientBuffer:
+    """The gradients of all parameters of one device and dtype, to be summed over processes: `gather`, sum `flat`, `spread`."""
+
+    flat: Tensor
+    """The gradients, and behind them a number for each parameter, above 0 where it has a gradient; shape (numbers,)."""
+    parts: list[tuple[nn.Parameter, Tensor]]
+    """Each parameter with its part of `flat`, in the parameter's shape."""
+
+    @property
+    def _touched(self) -> Tensor:
+        return self.flat[len(self.flat) - len(self.parts) :]
+
+    def gather(self) -> None:
+        """Make `flat` the gradients as they are now: zeros where a parameter has none, whatever an earlier step left."""
+        for parameter, part in self.parts:
+            if parameter.grad is None:
+                part.zero_()
+            elif parameter.grad is not part:
+                part.copy_(parameter.grad)
+        touched = [float(parameter.grad is not None) for parameter, _ in self.parts]
+        self._touched.copy_(torch.tensor(touched, dtype=self.flat.dtype))
+
+    def spread(self) -> None:
+        """Make `flat` the gradients of its parameters; those that no process touched have none."""
+        for (parameter, part), touched in zip(self.parts, self._touched.tolist(), strict=True):
+            parameter.grad = part if touched else None
 
 
 class Supernet(nn.Module):
@@ -71,8 +109,10 @@ class Supernet(nn.Module):
                 _register(self, f"{slot.name}.{name}", nn.Parameter(value))
         self._drop_bindings()
 
-    def child(self, arch: Arch, *, dropout: float = 0.0, drop_path: float = 0.0) -> nn.Sequential:
-        """The child as a plain network over views of the shared weights, normalising by the statistics of each batch.
+    def child(
+        self, arch: Arch, *, dropout: float = 0.0, drop_path: float = 0.0, statistics: Statistics = OF_BATCH
+    ) -> nn.Sequential:
+        """The child as a plain network over views of the shared weights, normalising by the `statistics` of each batch.
 
         `dropout` is the rate before the classifier; `drop_path` that of the last block, from 0 at the first (linear, Huang et al.
         2016). Blocks are shared by all children that have them: set nothing on them (no `eval()`, no hooks), and calibrate and
@@ -83,7 +123,7 @@ class Supernet(nn.Module):
         network = nn.Sequential()
         for position, (slot, spec) in enumerate(plan.items()):
             rate = {"dropout": dropout, "drop_path": drop_path * position / max(1, len(plan) - 1), None: 0.0}[spec.regulariser]
-            network.add_module(slot, self._bound(slot, spec.geometry, rate))
+            network.add_module(slot, self._bound(slot, spec.geometry, _Purpose(rate, statistics)))
         return network
 
     def forward(self, images_nchw: Tensor, arch: Arch) -> Tensor:
@@ -108,8 +148,14 @@ class Supernet(nn.Module):
                 module.to(device=module.weight.device, dtype=module.weight.dtype)
         return _baked(self.space, arch, network)
 
-    def _bound(self, slot: str, geometry: BlockSpec, drop: float) -> nn.Module:
-        key = (slot, geometry, drop)
+    def gradient_buffers(self) -> list[GradientBuffer]:
+        """Where the gradients of all children are gathered: a buffer for each device and dtype of parameters."""
+        if not self._flat_gradients:
+            self._make_gradient_buffers()
+        return self._flat_gradients
+
+    def _bound(self, slot: str, geometry: BlockSpec, purpose: _Purpose) -> nn.Module:
+        key = (slot, geometry, purpose)
         if key in self._blocks:
             block, bindings = self._blocks[key]
             if all(binding.holds() for binding in bindings):
@@ -118,12 +164,12 @@ class Supernet(nn.Module):
         elif len(self._blocks) >= MOST_BOUND_BLOCKS:
             self._drop_bindings()
         with torch.inference_mode(False):  # what is bound within an inference serves training as well
-            self._blocks[key] = self._bind(slot, geometry, drop)
+            self._blocks[key] = self._bind(slot, geometry, purpose)
         return self._blocks[key][0]
 
-    def _bind(self, slot: str, geometry: BlockSpec, drop: float) -> tuple[nn.Module, list[_Binding]]:
+    def _bind(self, slot: str, geometry: BlockSpec, purpose: _Purpose) -> tuple[nn.Module, list[_Binding]]:
         warnings.filterwarnings("ignore", message=LAYOUT_WARNING)
-        block, bindings = _on_meta(geometry, drop), []
+        block, bindings = normalising_by(purpose.statistics, _on_meta(geometry, purpose.drop)), []
         for path, module in block.named_modules():
             _use_batch_statistics(module)
             for name, meta in list(module.named_parameters(recurse=False)):
@@ -147,19 +193,25 @@ class Supernet(nn.Module):
     def _gradient(self, name: str) -> Tensor:
         """Where the gradient of `name` is gathered: a piece of one flat buffer, laid out in memory like the parameter."""
         if not self._gradients:
-            by_kind: dict[tuple[torch.device, torch.dtype], dict[str, nn.Parameter]] = {}
-            for key, parameter in self.named_parameters():
-                by_kind.setdefault((parameter.device, parameter.dtype), {})[key] = parameter
-            for (device, dtype), parameters in by_kind.items():
-                flat = torch.zeros(sum(p.numel() for p in parameters.values()), device=device, dtype=dtype)
-                pieces = torch.split(flat, [p.numel() for p in parameters.values()])
-                for (key, parameter), piece in zip(parameters.items(), pieces, strict=True):
-                    self._gradients[key] = piece.as_strided(parameter.shape, parameter.stride(), piece.storage_offset())
+            self._make_gradient_buffers()
         return self._gradients[name]
 
+    def _make_gradient_buffers(self) -> None:
+        by_kind: dict[tuple[torch.device, torch.dtype], dict[str, nn.Parameter]] = {}
+        for key, parameter in self.named_parameters():
+            by_kind.setdefault((parameter.device, parameter.dtype), {})[key] = parameter
+        for (device, dtype), parameters in by_kind.items():
+            sizes = [p.numel() for p in parameters.values()]
+            flat = torch.zeros(sum(sizes) + len(sizes), device=device, dtype=dtype)
+            pieces = torch.split(flat[: sum(sizes)], sizes)
+            for (key, parameter), piece in zip(parameters.items(), pieces, strict=True):
+                self._gradients[key] = piece.as_strided(parameter.shape, parameter.stride(), piece.storage_offset())
+            self._flat_gradients.append(GradientBuffer(flat, [(p, self._gradients[key]) for key, p in parameters.items()]))
+
     def _drop_bindings(self) -> None:
-        self._blocks: dict[tuple[str, BlockSpec, float], tuple[nn.Module, list[_Binding]]] = {}
+        self._blocks: dict[tuple[str, BlockSpec, _Purpose], tuple[nn.Module, list[_Binding]]] = {}
         self._gradients: dict[str, Tensor] = {}
+        self._flat_gradients: list[GradientBuffer] = []
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`.to()`, `.cuda()`, `.double()`: new storage, so children must be tied anew; gradients move with their parameters."""
@@ -175,7 +227,7 @@ class Supernet(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """`deepcopy` and pickle carry weights, not ties."""
-        return {**self.__dict__, "_blocks": {}, "_gradients": {}}
+        return {**self.__dict__, "_blocks": {}, "_gradients": {}, "_flat_gradients": []}
 
 
 def plain(space: Space, arch: Arch, *, baked: bool = True) -> nn.Sequential:

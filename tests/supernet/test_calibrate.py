@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from supernet.arch import Arch
 from supernet.calibrate import calibrate
 from supernet.data.dataset import SplitImages
+from supernet.distributed import World
 from supernet.evaluate import Evaluator
 from supernet.model import Supernet
 from supernet.run import Run
@@ -167,10 +168,10 @@ def test_calibration_sees_training_images_at_the_childs_resolution_in_equal_batc
 ) -> None:
     seen: list[torch.Size] = []
 
-    def spy(network: nn.Module, given: list[Tensor]) -> nn.Module:
+    def spy(network: nn.Module, given: list[Tensor], world: World) -> nn.Module:
         taken = list(given)
         seen.extend(batch.shape for batch in taken)
-        return calibrate(network, taken)
+        return calibrate(network, taken, world)
 
     monkeypatch.setattr("supernet.evaluate.calibrate", spy)
     monkeypatch.setattr("supernet.evaluate.CALIBRATION_BATCH", 8)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from supernet import losses
 from supernet.errors import InputError
+from supernet.losses import SOFT, Distillation
 
 Scores = NDArray[Any]
 """A score for every image, shape (N,), larger is better."""
@@ -75,12 +76,24 @@ class Task(Protocol):
         """Loss of the largest child; a scalar."""
         ...
 
-    def soft_targets(self, outputs: Tensor) -> Tensor:
-        """What the largest child's outputs teach the others (at whatever resolution), detached."""
+    def soft_targets(self, outputs: Tensor, distillation: Distillation = SOFT) -> Tensor:
+        """What the largest child's outputs teach the others (at whatever resolution), detached.
+
+        Raises `InputError` where the task knows no such `distillation`.
+        """
         ...
 
-    def student_loss(self, outputs: Tensor, targets: Tensor, soft: Tensor, weight: float) -> Tensor:
+    def student_loss(
+        self, outputs: Tensor, targets: Tensor, soft: Tensor, weight: float, distillation: Distillation = SOFT
+    ) -> Tensor:
         """Loss of the other children; `weight` 0..1 leads from targets to soft targets."""
+        ...
+
+    def chance_loss(self, frequencies: NDArray[np.float64]) -> float:
+        """Label loss of a network that knows how often each class is shown, and nothing of the images; shape (K,), sum 1.
+
+        A run whose losses come back to it has collapsed.
+        """
         ...
 
     def scores(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -125,24 +138,31 @@ class Classification:
         return f"{value:.2%}"
 
     def targets(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The labels."""
+        """The labels, or the probabilities that they were mixed to."""
         return labels
 
     def label_loss(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
         """Cross entropy with label smoothing."""
         return losses.label_loss(outputs, targets, smoothing)
 
-    def soft_targets(self, outputs: Tensor) -> Tensor:
-        """Detached probabilities."""
-        return losses.soft_targets(outputs)
+    def soft_targets(self, outputs: Tensor, distillation: Distillation = SOFT) -> Tensor:
+        """Detached log probabilities."""
+        return losses.log_probabilities(outputs, distillation.temperature)
 
-    def student_loss(self, outputs: Tensor, targets: Tensor, soft: Tensor, weight: float) -> Tensor:
-        """Cross entropy, from labels to soft targets."""
-        return losses.mixed_loss(outputs, targets, soft, weight)
+    def student_loss(
+        self, outputs: Tensor, targets: Tensor, soft: Tensor, weight: float, distillation: Distillation = SOFT
+    ) -> Tensor:
+        """From the cross entropy to labels to the divergence from the teacher."""
+        return losses.student_loss(outputs, targets, soft, weight, distillation)
+
+    def chance_loss(self, frequencies: NDArray[np.float64]) -> float:
+        """The entropy of the classes: ln K where they are equally frequent."""
+        shown = frequencies[frequencies > 0]
+        return float(-(shown * np.log(shown)).sum())
 
     def scores(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Whether each image is classified rightly, shape (N,), bool."""
-        return outputs.argmax(-1) == targets
+        """Whether each image is classified rightly, shape (N,), bool; of probabilities (mixed images) the likeliest class counts."""
+        return outputs.argmax(-1) == (targets.argmax(-1) if targets.is_floating_point() else targets)
 
     def pack(self, scores: Scores) -> bytes:
         """A bit an image."""
@@ -221,13 +241,23 @@ class Regression:
         """Mean squared error of normalised pixels; smoothing has no meaning here."""
         return losses.squared_error(outputs, targets)
 
-    def soft_targets(self, outputs: Tensor) -> Tensor:
+    def soft_targets(self, outputs: Tensor, distillation: Distillation = SOFT) -> Tensor:
         """The largest child's images, detached and in fp32."""
+        if distillation.kind != "soft" or distillation.temperature != 1:
+            raise InputError(
+                "distillation.kind and temperature are of class probabilities, but this task is regression: leave them out"
+            )
         return outputs.detach().float()
 
-    def student_loss(self, outputs: Tensor, targets: Tensor, soft: Tensor, weight: float) -> Tensor:
+    def student_loss(
+        self, outputs: Tensor, targets: Tensor, soft: Tensor, weight: float, distillation: Distillation = SOFT
+    ) -> Tensor:
         """Squared error to a blend of the target and the largest child's image, resized to the student's resolution."""
         return losses.squared_error(outputs, losses.blend(targets, soft, weight))
+
+    def chance_loss(self, frequencies: NDArray[np.float64]) -> float:
+        """That of the mean pixel: images are normalised to a variance of 1."""
+        return 1.0
 
     def scores(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """PSNR of each image in dB, shape (N,), fp32."""

@@ -20,6 +20,7 @@ from search.store import Store
 from supernet import durable
 from supernet.errors import InputError
 from supernet.families.mbconv import MBConvFamily
+from supernet.losses import SOFT, Distillation
 from supernet.run import Run
 from supernet.task import TASKS, Comparison, Estimate, Scores, Task
 from supernet.train import train
@@ -53,11 +54,16 @@ class Numbers:
     def label_loss(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
         return (outputs[:, 0].float() - targets).square().mean()
 
-    def soft_targets(self, outputs: Tensor) -> Tensor:
+    def soft_targets(self, outputs: Tensor, distillation: Distillation = SOFT) -> Tensor:
         return outputs.detach()[:, 0].float()
 
-    def student_loss(self, outputs: Tensor, targets: Tensor, soft: Tensor, weight: float) -> Tensor:
+    def student_loss(
+        self, outputs: Tensor, targets: Tensor, soft: Tensor, weight: float, distillation: Distillation = SOFT
+    ) -> Tensor:
         return (outputs[:, 0].float() - (1 - weight) * targets - weight * soft).square().mean()
+
+    def chance_loss(self, frequencies: np.ndarray) -> float:
+        return float("inf")
 
     def scores(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return -(outputs[:, 0].double() - targets).square()

@@ -17,7 +17,7 @@ from torch import Tensor
 from deploy.predict import MOST_PSNR_DB as SHIPPED_MOST
 from deploy.predict import psnr_db
 from supernet.errors import InputError
-from supernet.losses import label_loss, mixed_loss, soft_targets
+from supernet.losses import Distillation, label_loss, log_probabilities, student_loss
 from supernet.task import MOST_PSNR_DB, TASKS, Classification, Regression, Task, task_named
 
 task = Classification()
@@ -154,14 +154,59 @@ def test_comparing_does_not_change_the_scores() -> None:
 # --- losses ---
 
 
-def test_the_losses_are_those_of_the_rule() -> None:
+@pytest.mark.parametrize("distillation", [Distillation(), Distillation(temperature=3.0), Distillation("alpha")])
+def test_the_losses_are_those_of_the_rule(distillation: Distillation) -> None:
     generator = torch.Generator().manual_seed(0)
     outputs, teacher = torch.randn(2, 6, 4, generator=generator)
     targets = torch.randint(4, (6,), generator=generator)
     assert torch.equal(task.label_loss(outputs, targets, 0.1), label_loss(outputs, targets, 0.1))
-    soft = task.soft_targets(teacher)
-    assert torch.equal(soft, soft_targets(teacher))
-    assert torch.equal(task.student_loss(outputs, targets, soft, 0.3), mixed_loss(outputs, targets, soft, 0.3))
+    soft = task.soft_targets(teacher, distillation)
+    assert torch.equal(soft, log_probabilities(teacher, distillation.temperature))
+    found = task.student_loss(outputs, targets, soft, 0.3, distillation)
+    assert torch.equal(found, student_loss(outputs, targets, soft, 0.3, distillation))
+
+
+def test_what_is_not_said_is_the_plain_rule() -> None:
+    outputs, targets, plain = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 4, Distillation()
+    soft = task.soft_targets(outputs.roll(1, 0))
+    assert torch.equal(soft, task.soft_targets(outputs.roll(1, 0), plain))
+    assert torch.equal(task.student_loss(outputs, targets, soft, 0.3), task.student_loss(outputs, targets, soft, 0.3, plain))
+
+
+def test_probabilities_are_targets_too() -> None:
+    """Mixed images: learnt from in proportion, scored by the likelier class."""
+    outputs = torch.tensor([[3.0, 1.0, 0.0], [3.0, 1.0, 0.0], [0.0, 0.0, 9.0]])
+    targets = torch.tensor([[0.6, 0.4, 0.0], [0.4, 0.6, 0.0], [0.0, 0.0, 1.0]])
+    assert task.scores(outputs, targets).tolist() == [True, False, True]
+    assert task.targets(torch.zeros(3, 1, 2, 2), targets) is targets
+    expected = -(targets * outputs.log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(task.label_loss(outputs, targets), expected)
+    torch.testing.assert_close(task.student_loss(outputs, targets, task.soft_targets(outputs), 0.0), expected)
+
+
+@pytest.mark.parametrize("distillation", [Distillation("alpha"), Distillation(temperature=2.0)])
+def test_regression_refuses_what_is_of_classes(distillation: Distillation) -> None:
+    with pytest.raises(InputError, match="kind and temperature are of class probabilities, but this task is regression"):
+        Regression().soft_targets(torch.zeros(2, 3, 4, 4), distillation)
+
+
+@pytest.mark.parametrize("counts", [[1, 1], [1] * 1000, [9, 1], [5, 0, 3]])
+def test_chance_is_the_loss_of_one_who_knows_the_frequencies_alone(counts: list[int]) -> None:
+    frequencies = np.array(counts) / sum(counts)
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    ignorant = torch.tensor(frequencies).clamp_min(1e-30).log().expand(len(labels), -1)
+    chance = task.chance_loss(frequencies)
+    assert float(task.label_loss(ignorant, labels)) == pytest.approx(chance, rel=1e-6)
+    assert chance <= math.log(len(counts)) + 1e-12
+
+
+def test_chance_of_regression_is_the_mean_pixel() -> None:
+    spread = torch.tensor([0.1, 0.5, 1.0]).view(1, 3, 1, 1)
+    images = torch.rand(64, 3, 9, 9, generator=torch.Generator().manual_seed(0)) * spread
+    std, mean = torch.std_mean(images, (0, 2, 3), correction=0, keepdim=True)
+    normalised = (images - mean) / std
+    found = Regression().label_loss(torch.zeros_like(normalised), normalised)
+    assert float(found) == pytest.approx(Regression().chance_loss(np.array([0.5, 0.5])), rel=1e-5)
 
 
 def test_a_run_names_its_task() -> None:

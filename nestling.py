@@ -49,16 +49,18 @@ def train(
     """Train a supernet on a folder of images, an .npz file or a known set; returns the run in the directory `out`.
 
     `init` names weights to begin with: timm:NAME, a safetensors file or another run's directory. With `resume`, a run that is in
-    `out` already is continued, bit-equal on a CPU. Raises `supernet.InputError`.
+    `out` already is continued, bit-equal on a CPU, with what its recipe allows to change (`supernet.recipe.OnResume`) as `overrides`
+    and `epochs` say. Raises `supernet.InputError`.
     """
     from supernet import device as devices
     from supernet import start as starting
+    from supernet.run import Run
     from supernet.train import train as train_run
 
     where, path = devices.choose(device), Path(out)
     if resume and (path / "config.json").exists():
-        begun = starting.resume(path)
-        starting.refuse_other(begun.run, str(data), space=space, recipe=recipe, epochs=epochs, overrides=overrides, init=init)
+        starting.refuse_other(Run.open(path), str(data), space=space, recipe=recipe, init=init)
+        begun = starting.resume(path, {**(overrides or {}), **({"epochs": epochs} if epochs is not None else {})})
     else:
         begun = starting.start(str(data), path, space=space, recipe=recipe, epochs=epochs, overrides=overrides,
                                root=Path(data_root) if data_root else None, download=download, device=where, init=init)  # fmt: skip

@@ -88,8 +88,10 @@ class _Way:
         way = self.way
         if (way.out / "config.json").exists():
             begun = starting.resume(way.out)
-            starting.refuse_other(begun.run, way.data, space=way.space, recipe=way.recipe, epochs=way.epochs, overrides=way.overrides,
-                                  init=way.init)  # fmt: skip
+            starting.refuse_other(begun.run, way.data, space=way.space, recipe=way.recipe, init=way.init)
+            starting.refuse_changes(
+                begun.run, {**(way.overrides or {}), **({"epochs": way.epochs} if way.epochs is not None else {})}
+            )
             self._refuse_impossible(begun.run.space)
         else:
             begun = starting.start(

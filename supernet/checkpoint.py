@@ -34,7 +34,7 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
-    """Write `folder/step-N` and remove all but the newest `keep` checkpoints that verify. Returns its path.
+    """Write `folder/step-N` and remove all but the newest `keep` checkpoints that verify, and the best. Returns its path.
 
     The process may die at any point: the checkpoints before it stay whole. Raises `OSError` on a full disk, likewise.
     """
@@ -42,7 +42,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
     if path.exists():
         if verify(path) is None:
             return path
-        shutil.rmtree(path)
+        remove(path)
     folder.mkdir(parents=True, exist_ok=True)
     path.mkdir()
     try:
@@ -106,12 +106,35 @@ def latest(folder: Path) -> Path | None:
     return next((path for path in reversed(all_of(folder)) if verify(path) is None), None)
 
 
+def best(folder: Path) -> Path | None:
+    """Of the checkpoints that verify, that with the highest "score" in its state; the newer of equal ones, None where none has one."""
+    scored = []
+    for path in all_of(folder):
+        score = json.loads((path / "state.json").read_text()).get("score") if verify(path) is None else None
+        if isinstance(score, int | float):
+            scored.append((float(score), path))
+    return max(scored)[1] if scored else None
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint was written after."""
+    return int(path.name.removeprefix("step-"))
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint: first it stops being one, so that a half-removed one is never taken for whole."""
+    (path / "manifest.json").unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
 def _remove_old(folder: Path, keep: int) -> None:
     """Only checkpoints that verify count as kept; broken ones go as soon as enough whole ones are there."""
-    whole = 0
-    for path in reversed(all_of(folder)):
+    paths, whole = all_of(folder), 0
+    kept = best(folder) if len(paths) > keep else None
+    for path in reversed(paths):
         if whole >= keep:
-            shutil.rmtree(path)
+            if path != kept:
+                remove(path)
         elif verify(path) is None:
             whole += 1
 

@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from supernet.data import commands as data_commands
+
 if TYPE_CHECKING:
     from supernet.console import Display
+    from supernet.distributed import World
     from supernet.run import Run
+    from supernet.start import Start
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Out = Annotated[Path, typer.Option("--out", help="Directory of the run.")]
@@ -18,7 +22,8 @@ Data = Annotated[
     str,
     typer.Option(
         "--data",
-        help="A folder of images (FOLDER/class/*.jpg), an .npz file, digits, mnist, fashion-mnist, cifar10 or cifar100.",
+        help="A folder (FOLDER/class/*.jpg), .tar or .parquet files, what datasets saved, an .npz file, torchvision:NAME, digits, "
+        "mnist, fashion-mnist, cifar10 or cifar100 (docs/data.md).",
     ),
 ]
 SpaceName = Annotated[
@@ -53,6 +58,7 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Example: nestling spaces --json")(spaces)
     app.command(epilog="Example: nestling describe --space attentivenas --arch smallest")(describe)
     app.command(epilog="Example: nestling train --data digits --out runs/digits --epochs 10")(train)
+    app.add_typer(data_commands.app)
 
 
 def spaces(as_json: Json = False) -> None:
@@ -134,56 +140,125 @@ def describe(
 def train(
     out: Out, data: Data = "", space: SpaceName = None, recipe: Recipe = None, epochs: Epochs = None, set_: Set = None,
     init: Init = None, data_root: Root = None, download: Download = False, device: Device = "auto", workers: Workers = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its last whole checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its last whole checkpoint; --epochs and "
+                                         "--set change what may change.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell memory, work and time from a few steps; write nothing.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write the curves for TensorBoard.")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Train a supernet: every child of the space at once, in one set of weights."""
+    """Train a supernet: every child of the space at once, in one set of weights. Several processes: start it by torchrun."""
     from supernet import device as devices
     from supernet import start as starting
     from supernet.console import Display, print_json
     from supernet.costs import arch_costs
+    from supernet.distributed import world as joined
     from supernet.errors import InputError
     from supernet.recipe import parse_overrides
 
-    where = devices.choose(device)
-    if resume:
-        if data or space or recipe or epochs or set_ or init:
-            raise InputError("--resume continues the run as it was configured: leave out --data, --space, --recipe, --epochs, --set "
-                             "and --init")  # fmt: skip
-        begun = starting.resume(out)
-    elif not data:
+    where, changes = devices.choose(device), parse_overrides(set_ or [])
+    if resume and (data or space or recipe or init or dry_run):
+        raise InputError(
+            "--resume continues the run as it was configured: leave out --data, --space, --recipe, --init and --dry-run"
+        )
+    if not (resume or data):
         raise InputError("give the images with --data (a folder, an .npz file, or the name of a known set), or --resume")
-    else:
-        begun = starting.start(data, out, space=space, recipe=recipe, epochs=epochs, overrides=parse_overrides(set_ or []),
-                               root=data_root, download=download, device=where, init=init)  # fmt: skip
+
+    def begin(path: Path) -> starting.Start:
+        if resume:
+            return starting.resume(path, {**changes, **({"epochs": epochs} if epochs is not None else {})})
+        return starting.start(data, path, space=space, recipe=recipe, epochs=epochs, overrides=changes, root=data_root,
+                              download=download, device=where, init=init)  # fmt: skip
+
+    if dry_run:
+        _rehearsed(out, begin, where, workers, as_json)
+        return
+    with joined(where) as world:
+        display = Display(quiet=not world.main)
+        begun = starting.together(world, out, lambda: begin(out))
+        for reason in begun.reasons:
+            display.say(reason)
+        train_shown(begun.run, world.device, workers, display, world=world, tensorboard=tensorboard)
+        if not world.main:
+            return
+        if as_json:
+            print_json({"run": str(out), "space": begun.run.space.key, "weights_sha256": begun.run.weights_hash})
+        else:
+            ends = [arch_costs(begun.run.space, arch)["macs"] for arch in (begun.run.space.smallest, begun.run.space.largest)]
+            display.say(f"trained: {out}. Next: nestling search {out} --budget 'macs<={sum(ends) / 2e6:.3g}M'")
+
+
+def _rehearsed(out: Path, begin: Callable[[Path], Start], device: str, workers: int, as_json: bool) -> None:
+    """Begin the run in a folder that goes away, make a few steps, tell what the whole of it takes."""
+    import tempfile
+
+    from supernet.console import Display, print_json
+    from supernet.errors import InputError
+    from supernet.rehearse import rehearse
+
+    if (out / "config.json").exists():
+        raise InputError(f"{out} holds a run already: --dry-run is for one that is not begun; choose another --out")
     display = Display()
-    for reason in begun.reasons:
-        display.say(reason)
-    train_shown(begun.run, where, workers, display)
+    with tempfile.TemporaryDirectory() as folder:
+        begun = begin(Path(folder) / "run")
+        for reason in begun.reasons:
+            display.say(reason)
+        found = rehearse(begun.run, device=device, workers=workers)
     if as_json:
-        print_json({"run": str(out), "space": begun.run.space.key, "weights_sha256": begun.run.weights_hash})
-    else:
-        ends = [arch_costs(begun.run.space, arch)["macs"] for arch in (begun.run.space.smallest, begun.run.space.largest)]
-        display.say(f"trained: {out}. Next: nestling search {out} --budget 'macs<={sum(ends) / 2e6:.3g}M'")
+        print_json(found.as_dict())
+        return
+    held = ", ".join(f"{name} {size / 2**20:,.3g}" for name, size in found.memory_bytes.items() if size)
+    print(f"memory: about {sum(found.memory_bytes.values()) / 2**20:,.3g} MiB ({held})")
+    print(
+        f"work: {found.macs_per_step:.3g} multiply-accumulates a step of {found.images_per_step} images, {found.steps:,} steps"
+    )
+    speed = found.images_per_step / found.seconds_per_step
+    print(
+        f"time: about {_duration(found.seconds)} ({found.seconds_per_step:.3g} s a step, {speed:,.0f} images/s, median of "
+        f"{found.timed_steps}; checkpoints and looks at held-out images not counted)"
+    )
+    print("nothing was written")
 
 
-def train_shown(run: Run, device: str, workers: int, display: Display) -> None:
-    """Train with a progress line."""
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86_400.0), ("hours", 3_600.0), ("minutes", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def train_shown(
+    run: Run, device: str, workers: int, display: Display, *, world: World | None = None, tensorboard: bool = False
+) -> None:  # fmt: skip
+    """Train with a progress line: images/s, time left, how the largest and the smallest child do."""
+    from supernet.board import Board
     from supernet.train import Progress
     from supernet.train import train as train_run
 
+    board = Board(run.path) if tensorboard and (world is None or world.main) else None
+    show = run.task.show
     with display.stage("train") as stage:
-        note = ""
+        speed = doing = ""
 
         def progress(now: Progress) -> None:
-            nonlocal note
-            if now.line:
-                note = " ".join(
-                    f"{role} {run.task.show(child[run.task.metric])}" for role, child in now.line["children"].items()
-                )
-            stage.update(now.step, now.steps, note)
+            nonlocal speed, doing
+            for event in now.events:
+                display.say(event)
+            line = now.line or {}
+            if "images_per_s" in line:
+                speed = f"{line['images_per_s']:,.0f} images/s"
+            if "validation" in line:  # of held-out images; until there is one, of the batch
+                doing = "held out: " + ", ".join(f"{role} {show(value)}" for role, value in line["validation"].items())
+            elif "children" in line and not doing.startswith("held out"):
+                doing = ", ".join(f"{role} {show(child[run.task.metric])}" for role, child in line["children"].items())
+            if board is not None and line:
+                board.add(line)
+            stage.update(now.step, now.steps, f"{speed}  {doing}")
 
-        train_run(run, device=device, workers=workers, progress=progress)
+        try:
+            train_run(run, device=device, workers=workers, progress=progress, world=world)
+        finally:
+            if board is not None:
+                board.close()
 
 
 def _range(ends: list[int]) -> str:

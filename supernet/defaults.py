@@ -11,16 +11,17 @@ RECIPES = {
     **dict.fromkeys(["digits", "mlp"], "digits"),
     **dict.fromkeys(["cifar-mbconv", "cifar-resnet", "cell"], "cifar"),
     **dict.fromkeys(["photo-mbconv"], "photo"),
-    **dict.fromkeys(["attentivenas", "bignas", "efficientnet-b0", "mobilenetv3-large", "ofa-mobilenetv3", "ofa-mobilenetv3-w1.2",
+    **dict.fromkeys(["attentivenas", "efficientnet-b0", "mobilenetv3-large", "ofa-mobilenetv3", "ofa-mobilenetv3-w1.2",
                      "ofa-resnet50", "resnet50d"], "attentivenas"),
     **dict.fromkeys(["autoformer-base", "autoformer-small", "autoformer-tiny", "vit-tiny"], "autoformer"),
+    "bignas": "bignas",
     "cifar-vit": "cifar-vit",
     "autoencoder": "autoencoder",
 }  # fmt: skip
 """Space -> the recipe made for its kind of networks and images."""
 MOST_SEEN = {
     "digits": 40_000, "autoencoder": 100_000, "cifar": 1_500_000, "cifar-vit": 3_000_000, "photo": 300_000, "attentivenas": 460_000_000,
-    "autoformer": 640_000_000,
+    "bignas": 460_000_000, "autoformer": 640_000_000,
 }  # fmt: skip
 """Recipe -> images shown in all, beyond which more epochs bring little."""
 MOST_MACS = {"cpu": 2.5e13, "cuda": 5e18}

@@ -18,13 +18,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from supernet import checkpoint, config, durable
 from supernet.data.batches import channel_statistics
 from supernet.data.dataset import Dataset, SplitImages
 from supernet.data.sources import Source, open_source
-from supernet.data.splits import Splits, divide
+from supernet.data.splits import Splits, readable_splits
 from supernet.donor import Donor, load_donor, save_donor
 from supernet.errors import InputError
 from supernet.evaluate import Evaluator
@@ -62,14 +63,20 @@ class Run:
             raise InputError(f"{path} holds a run already: continue it with --resume, or choose another --out")
         if (path / "checkpoints").exists():
             raise InputError(f"{path} holds checkpoints of another run (its config.json is gone): choose another --out")
-        task_named(space.family.task)
+        task = task_named(space.family.task)
+        fade = recipe.distillation
+        if task.own_images and (fade.kind != "soft" or fade.temperature != 1):
+            raise InputError(f"{space.family.task} has no probabilities: leave out distillation.kind ({fade.kind}) and temperature "
+                             f"({fade.temperature:g})")  # fmt: skip
         if source.channels != space.family.in_channels:
             raise InputError(
                 f"the space {space.name} is of images of {space.family.in_channels} channels, but those of {source.name} have "
                 f"{source.channels}: set in_channels"
             )
-        splits = divide(source, seed=recipe.seed)
-        mean, std = channel_statistics(source, splits.train)
+        splits = readable_splits(
+            source, seed=recipe.seed, skip_unreadable=recipe.skip_unreadable, calibration=recipe.calibration_images
+        )
+        mean, std = channel_statistics(source, splits.train, skip_unreadable=recipe.skip_unreadable > 0)
         data = {"name": source.name, "root": str(root.resolve()) if root else None, "fingerprint": source.fingerprint,
                 "classes": list(source.classes), "channels": source.channels, "mean": list(mean), "std": list(std)}  # fmt: skip
         path.mkdir(parents=True, exist_ok=True)
@@ -181,18 +188,24 @@ class Run:
     def finished(self) -> bool:
         """Whether training ran to its end."""
         path = checkpoint.latest(self.checkpoints)
-        return path is not None and bool(json.loads((path / "state.json").read_text()).get("finished"))
+        state = json.loads((path / "state.json").read_text()) if path is not None else {}
+        return bool(state.get("finished")) and state.get("epochs") == self.recipe.epochs
 
     @cached_property
     def weights_hash(self) -> str:
-        """SHA-256 of the newest whole checkpoint's weights: what an evaluation belongs to."""
-        manifest = json.loads((self._newest() / "manifest.json").read_text())
-        return str(manifest["sha256"]["weights.safetensors"])
+        """SHA-256 of the weights that children are taken from: what an evaluation belongs to."""
+        hashes = json.loads((self._chosen() / "manifest.json").read_text())["sha256"]
+        return str(hashes.get("ema.safetensors", hashes["weights.safetensors"]))
 
     def supernet(self, device: str = "cpu") -> Supernet:
-        """The supernet of the newest whole checkpoint, without gradients, on `device`."""
+        """The supernet that children are taken from, without gradients, on `device`.
+
+        It is that of the newest whole checkpoint, or of the best (the recipe's `use`); the moving average of the weights, where
+        the recipe keeps one (`ema`).
+        """
         supernet = Supernet(self.space)
-        load_weights(supernet, checkpoint.load(self._newest()))
+        saved = checkpoint.load(self._chosen())
+        load_weights(supernet, saved, "ema" if "ema" in saved.tensors else "weights")
         supernet.requires_grad_(False)
         return supernet.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
@@ -200,19 +213,28 @@ class Run:
         """Calibrates and scores children of this run."""
         return Evaluator(self.supernet(device), self.task, self.dataset.split("train"), self.recipe.calibration_images)
 
-    def _newest(self) -> Path:
-        path = checkpoint.latest(self.checkpoints)
+    @property
+    def chance_loss(self) -> float:
+        """Loss of one who knows the classes' frequencies and nothing of the images."""
+        counts = np.bincount(self.source.labels[self.dataset.splits.train], minlength=len(self.classes))
+        shown = counts.astype(float) ** {"none": 1.0, "sqrt": 0.5, "class": 0.0}[self.recipe.balance]
+        return self.task.chance_loss(shown / shown.sum())
+
+    def _chosen(self) -> Path:
+        """The checkpoint that children are taken from."""
+        path = checkpoint.best(self.checkpoints) if self.recipe.use == "best" else None
+        path = path or checkpoint.latest(self.checkpoints)
         if path is None:
             raise InputError(f"{self.path} has no whole checkpoint yet: train it first (nestling train ... --resume)")
         return path
 
 
-def load_weights(supernet: Supernet, saved: checkpoint.Checkpoint) -> None:
-    """Fill a supernet from a checkpoint. Raises `InputError` where they are of different spaces."""
+def load_weights(supernet: Supernet, saved: checkpoint.Checkpoint, group: str = "weights") -> None:
+    """Fill a supernet from a group of a checkpoint. Raises `InputError` where they are of different spaces."""
     if saved.state.get("space") != supernet.space.key:
         raise InputError(f"the checkpoint was written for the space {saved.state.get('space')}, this run has {supernet.space.key}: "
                          "use the run's own checkpoints")  # fmt: skip
-    supernet.load_state_dict(saved.tensors["weights"])
+    supernet.load_state_dict(saved.tensors[group])
 
 
 def environment() -> dict[str, Any]:

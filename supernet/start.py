@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from supernet import defaults
-from supernet.data.sources import Source, open_source, unreadable
+from supernet.data.order import batch_size_of
+from supernet.data.sources import Source, open_source
 from supernet.data.splits import divide
+from supernet.distributed import World
 from supernet.donor import named, read_donor
 from supernet.errors import InputError
 from supernet.model import Supernet
 from supernet.recipe import TrainConfig, load_recipe
+from supernet.resume import change
 from supernet.run import Run
 from supernet.space import Space, load_space
 from supernet.warm import fill
-
-MOST_CHECKED = 50_000
-"""Image files decoded before a run begins, so that a damaged one is not found after an hour; larger sets are read as they come."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,6 @@ def start(
             f"{out} holds a run already: continue it with `nestling train --resume --out {out}`, or choose another --out"
         )
     source = open_source(data, root=root, download=download)
-    _check_files(source)
     name, why = (space, "as asked") if space else defaults.space_for(source.image_size, len(source), device)
     made = load_space(name, classes=len(source.classes), in_channels=source.channels)
     given = dict(overrides or {}) | ({"epochs": epochs} if epochs is not None else {})
@@ -59,18 +58,42 @@ def start(
     return Start(run, (*_told(run, why), *taken))
 
 
-def resume(out: Path) -> Start:
-    """Take up a run as it was configured. Raises `InputError` where there is none, or its data changed."""
+def resume(out: Path, changes: Mapping[str, Any] | None = None) -> Start:
+    """Take up a run, with `changes` (dotted key -> value) to what its recipe allows to change.
+
+    Raises `InputError` where there is no run, its data changed, or a key may not change so.
+    """
     run = Run.open(out)
     _ = run.dataset  # notices data that changed, before anything is computed
-    return Start(run, (f"resuming {out}", f"space {run.space.name}, recipe {run.recipe.name}, {run.recipe.epochs} epochs"))
+    run, told = change(run, changes or {})
+    return Start(
+        run, (f"resuming {out}", f"space {run.space.name}, recipe {run.recipe.name}, {run.recipe.epochs} epochs", *told)
+    )
+
+
+def together(world: World, out: Path, begin: Callable[[], Start]) -> Start:
+    """Begin or take up the run `out` in one process of a job, and open it in the others.
+
+    Raises `InputError` in all of them where it cannot be begun. `out` lies where every process can read it.
+    """
+    begun, error = None, None
+    if world.main:
+        try:
+            begun = begin()
+        except InputError as raised:
+            error = raised
+    told = world.broadcast(str(error) if error else None)
+    if error:
+        raise error
+    if told:
+        raise InputError(f"the first process of this job could not begin: {told}")
+    return begun or Start(Run.open(out), ())
 
 
 def refuse_other(
-    run: Run, data: str, *, space: str | None = None, recipe: str | None = None, epochs: int | None = None,
-    overrides: Mapping[str, Any] | None = None, init: str | None = None,
+    run: Run, data: str, *, space: str | None = None, recipe: str | None = None, init: str | None = None
 ) -> None:  # fmt: skip
-    """Raise `InputError` where a run that is taken up was begun with other data or options than are asked for now."""
+    """Raise `InputError` where a run that is taken up was begun with other data, space, recipe or weights than are asked for now."""
     same_data = run.data["name"] in {data, str(Path(data).expanduser().resolve())}
     same_space = (
         space is None or load_space(space, classes=len(run.classes), in_channels=run.data["channels"]).key == run.space.key
@@ -80,8 +103,11 @@ def refuse_other(
     if not (same_data and same_space and same_recipe and same_init):
         raise InputError(f"{run.path} holds a run of other data, space, recipe or initial weights: choose another --out, or leave "
                          "these options out")  # fmt: skip
-    asked = {**(overrides or {}), **({"epochs": epochs} if epochs is not None else {})}
-    other = [key for key, value in asked.items() if _value(run.recipe, key) != value]
+
+
+def refuse_changes(run: Run, changes: Mapping[str, Any]) -> None:
+    """Raise `InputError` where the recipe of a run differs from what is asked for now (dotted key -> value)."""
+    other = [key for key, value in changes.items() if _value(run.recipe, key) != value]
     if other:
         raise InputError(
             f"{run.path} is continued as it was configured ({other[0]} is {_value(run.recipe, other[0])!r}): leave this out"
@@ -112,21 +138,15 @@ def _told(run: Run, why: str) -> list[str]:
     source, recipe, train = run.source, run.recipe, len(run.dataset.splits.train)
     classifies = run.task.name == "classification"
     macs = defaults.training_macs(run.space, recipe.children) * train * recipe.epochs
+    batch = batch_size_of(train, batch_size=recipe.batch_size, repeats=recipe.repeats, ranks=1)
+    left_out = run.dataset.splits.left_out
+    unread = [f"{len(left_out)} images cannot be read and are left out (splits.json lists them), such as {left_out[0].identity}: "
+              f"{left_out[0].reason}"] if left_out else []  # fmt: skip
     return [
         f"data: {len(source)} images ({train} to train), {len(source.classes)} classes, {source.channels} channels, "
         f"about {source.image_size} px",
+        *unread,
         f"space {run.space.name}: {why}" + ("" if classifies else f"; it learns {run.task.name}, measured by {run.task.title}"),
-        f"recipe {recipe.name}: {recipe.epochs} epochs in batches of {recipe.batch_size}, {macs:.2g} multiply-accumulates in all",
+        f"recipe {recipe.name}: {recipe.epochs} epochs in batches of {batch}, {macs:.2g} multiply-accumulates in all",
         "(--space, --recipe, --epochs and --set change this)",
     ]
-
-
-def _check_files(source: Source) -> None:
-    if source.file(0) is None or len(source) > MOST_CHECKED:
-        return
-    bad = unreadable(source)
-    if bad:
-        shown = "; ".join(reason for _, reason in bad[:3])
-        raise InputError(
-            f"every image must be readable, but {len(bad)} of {len(source)} are not ({shown}): repair or remove them"
-        )

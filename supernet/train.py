@@ -1,6 +1,7 @@
-"""The training loop: batches, steps, the log, checkpoints. The method itself is in `supernet/step.py`.
+"""The training loop: batches, steps, the log, checkpoints, and the way back from a step that went wrong.
 
-Everything random is a function of (seed, step), so a resumed run is bit-equal to an uninterrupted one on a CPU.
+The method itself is in `supernet/step.py`. Everything random is a function of (seed, step), so a resumed run is bit-equal to an
+uninterrupted one on a CPU, and processes that train together draw the same children.
 """
 
 from __future__ import annotations
@@ -9,31 +10,42 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
-from timm.optim import create_optimizer_v2
+from torch import Tensor
 
 from supernet import checkpoint, durable
+from supernet.arch import Arch
+from supernet.compiled import CompiledChildren
 from supernet.costs import arch_costs
-from supernet.data.batches import Augment, TrainingBatches
+from supernet.data.augment import Augment
+from supernet.data.batches import Batch, TrainingBatches
+from supernet.data.mix import Mix, mix_groups
 from supernet.device import fitting_threads
+from supernet.distributed import World, reduce_gradients
 from supernet.errors import InputError
-from supernet.losses import ramp
-from supernet.model import Supernet
-from supernet.recipe import TrainConfig
-from supernet.run import Run, load_weights
-from supernet.sandwich import sandwich, step_rng
+from supernet.guard import RATE, Guard, Rollbacks
+from supernet.losses import Distillation, ramp
+from supernet.norms import Statistics
+from supernet.optimizer import limit_gradient
+from supernet.run import Run
+from supernet.sandwich import Sampler, Sampling, pick
 from supernet.schedule import learning_rate
-from supernet.step import ChildResult, StepConfig, normalised, train_step
-from supernet.warm import fill, record
+from supernet.state import State, cut_log, newest
+from supernet.step import ChildResult, Resizer, StepConfig, losses_without_gradients, normalised, train_step
+from supernet.validate import Looks
 
 SAVE_SECONDS = 300.0
 """Longest time between checkpoints; there is also one at the end of an epoch when the last is `SAVE_EPOCH_SECONDS` old."""
 SAVE_EPOCH_SECONDS = 5.0
 LOG_LINES = 400
 """About as many lines of metrics as a run writes."""
+DROPOUT, AFTER_ROLLBACK = 8, 9
+"""Last words of the random streams' keys (`supernet.data.batches` has others)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,132 +54,285 @@ class Progress:
 
     step: int
     steps: int
-    line: dict[str, Any] | None
+    images: int
+    """Of this step, over all processes."""
+    line: dict[str, Any] | None = None
     """What was just logged, if anything."""
+    events: tuple[str, ...] = ()
+    """What went wrong at this step and what was done about it, a line each."""
 
 
-def train(run: Run, *, device: str = "cpu", workers: int = 0, progress: Callable[[Progress], None] | None = None) -> None:
+def train(
+    run: Run, *, device: str = "cpu", workers: int = 0, progress: Callable[[Progress], None] | None = None, world: World | None = None
+) -> None:  # fmt: skip
     """Train the run's supernet to the end, from its newest whole checkpoint where there is one.
 
-    Raises `InputError` when the loss is no longer finite, or another process trains this run. Checkpoints stay in any case.
+    In a job of several processes (`supernet.distributed.world`), every one of them calls this; one writes. Raises `InputError` when
+    the loss is lost for good, or another process trains this run. Checkpoints stay in any case.
     """
+    world = world or World(device=device)
     largest = arch_costs(run.space, run.space.largest)["macs"]
-    with durable.locked(run.path / "train.lock", f"the run {run.path}"), torch.random.fork_rng(), fitting_threads(largest):
-        _Training(run, device, workers).go(progress or (lambda _: None))
+    lock = durable.locked(run.path / "train.lock", f"the run {run.path}") if world.main else nullcontext()
+    with lock, torch.random.fork_rng(), fitting_threads(largest):
+        _Training(run, world, workers).go(progress or (lambda _: None))
 
 
 class _Training:
-    def __init__(self, run: Run, device: str, workers: int) -> None:
-        self.run, self.recipe, self.device = run, run.recipe, device
+    def __init__(self, run: Run, world: World, workers: int) -> None:
+        self.run, self.recipe, self.world, self.workers, self.device = run, run.recipe, world, workers, world.device
         torch.manual_seed(self.recipe.seed)
-        images = run.dataset.split("train")
-        augment = Augment(**self.recipe.augment.model_dump())
-        self.batches = TrainingBatches(
-            images.source, run.dataset.splits.train, batch_size=self.recipe.batch_size, resolution=run.space.largest_resolution,
-            augment=augment, seed=self.recipe.seed, workers=workers,
-        )  # fmt: skip
+        self.rollbacks = Rollbacks(run.path / "rollbacks.jsonl")
+        self.mean, self.std = (torch.tensor(run.data[name], device=self.device).view(1, -1, 1, 1) for name in ("mean", "std"))
+        self.mix = Mix(**self.recipe.mix.model_dump())
+        self.chance = run.chance_loss
+        self.looks = Looks(run, world)
+        self.gradient_norm = 0.0
+        self.unreadable: set[str] = set()
+        self.events: list[str] = []
+        self._begin()
         self.steps = self.recipe.epochs * self.batches.steps_per_epoch
-        self.mean, self.std = (torch.tensor(run.data[name], device=device).view(1, -1, 1, 1) for name in ("mean", "std"))
-        self.supernet = Supernet(run.space, seed=self.recipe.seed).to(device)
-        if self.recipe.channels_last:
-            self.supernet.to(memory_format=torch.channels_last)
-        self.optimizer = make_optimizer(self.supernet, self.recipe)
-        self.step = self._restore()
+        self._refuse_uneven()
+
+    def _refuse_uneven(self) -> None:
+        """Pieces of a batch must be equal: a small data set makes its batches smaller than the recipe's."""
+        images, recipe = self.batches.batch_size // self.world.size, self.recipe
+        pieces = {"bn_group": recipe.bn_group, "micro_batch": recipe.micro_batch}
+        for name, size in pieces.items():
+            if isinstance(size, int) and images % size:
+                raise InputError(f"the {images} images of a step in each of {self.world.size} processes must be a multiple of {name} "
+                                 f"({size}): change it, batch_size or the number of processes")  # fmt: skip
 
     def go(self, progress: Callable[[Progress], None]) -> None:
-        saved, every = time.monotonic(), max(1, self.steps // LOG_LINES)
-        for pixels, labels in self.batches.batches(self.step, self.steps):
-            rate, results = self._one(pixels.to(self.device), labels.to(self.device))
-            self.step += 1
-            line = None
-            if self.step % every == 0 or self.step == self.steps:
-                line = self._log(rate, results)
-            progress(Progress(self.step, self.steps, line))
-            since = time.monotonic() - saved
-            if since > SAVE_SECONDS or (self.step % self.batches.steps_per_epoch == 0 and since > SAVE_EPOCH_SECONDS):
-                self._save()
-                saved = time.monotonic()
-        self._save()
+        while not self._to_the_end(progress):
+            pass
 
-    def _one(self, pixels: torch.Tensor, labels: torch.Tensor) -> tuple[float, list[ChildResult]]:
-        recipe, step, per_epoch = self.recipe, self.step, self.batches.steps_per_epoch
-        rate = learning_rate(
-            step, self.steps, peak=recipe.learning_rate, warmup=round(recipe.warmup_epochs * per_epoch), schedule=recipe.schedule,
-            floor=recipe.floor,
+    def _to_the_end(self, progress: Callable[[Progress], None]) -> bool:
+        """Train until the end (True), or until the run has to go back (False)."""
+        state, per_epoch, every = self.state, self.batches.steps_per_epoch, max(1, self.steps // LOG_LINES)
+        saved = self.logged = time.monotonic()
+        self.logged_step = state.step
+        for batch in self.batches.batches(state.step, self.steps):
+            rate, children = self._one(batch)
+            last, look = state.step == self.steps, self.looks.due(state.step, self.steps, per_epoch)
+            line = self._line(rate, children) if state.step % every == 0 or last or look else {}
+            reason = state.guard.reason
+            if reason is None:
+                score = self._look(line) if look else None
+                since = time.monotonic() - saved
+                due = since > SAVE_SECONDS or (state.step % per_epoch == 0 and since > SAVE_EPOCH_SECONDS)
+                if last or (due and state.guard.good):
+                    reason, saved = self._save(last, score), time.monotonic()
+            self._write(line)
+            if reason is not None:
+                self.events.append(self._back(reason))
+            told, self.events = tuple(self.events), []
+            progress(Progress(self.state.step, self.steps, self.batches.batch_size, line or None, told))
+            if reason is not None:
+                return False
+        return True
+
+    # --- a step ---
+
+    def _one(self, batch: Batch) -> tuple[float, list[dict[str, Any]]]:
+        """Make a step, or skip it where it is not finite; gives its rate, and what each child did."""
+        self._note_unreadable(batch)
+        recipe, state = self.recipe, self.state
+        rate = self.rate * learning_rate(
+            state.step, self.steps, peak=recipe.learning_rate, warmup=round(recipe.warmup_epochs * self.batches.steps_per_epoch),
+            schedule=recipe.schedule, floor=recipe.floor,
         )  # fmt: skip
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        fade = recipe.distillation
-        config = StepConfig(
-            soft_weight=fade.most * ramp(step / self.steps, fade.start, fade.end), label_smoothing=recipe.label_smoothing,
-            dropout=recipe.dropout, drop_path=recipe.drop_path, bf16=recipe.precision == "bf16",
-        )  # fmt: skip
-        self.optimizer.zero_grad()
-        rng = step_rng(recipe.seed, step)
-        children = sandwich(self.run.space, recipe.children, rng)
-        torch.manual_seed(int(rng.integers(2**63)))  # dropout of this step
+        images, targets = self._images(batch)
+        crops, config = Resizer(images), self._config()
+        state.supernet.zero_grad()
+        children = self._children(images, targets, config, crops)
+        results = self._gradients(children, images, targets, config, crops)
+        reduce_gradients(state.supernet, self.world)
+        norm = limit_gradient(state.supernet, recipe)
+        losses, scores, self.gradient_norm = self._numbers(results, norm)
+        made = state.guard.watch(losses[0] if all(map(math.isfinite, losses)) else math.nan, self.gradient_norm)
+        if made:
+            state.update(rate)
+        state.step += 1
+        if not made:
+            self.events.append(f"step {state.step}: the loss or the gradient is not finite; the step was skipped")
+        metric = self.run.task.metric
+        told = zip(results, losses, scores, strict=True)
+        return rate, [{"role": result.role, "loss": loss, metric: score} for result, loss, score in told]
+
+    def _numbers(self, results: list[ChildResult], norm: Tensor) -> tuple[list[float], list[float], float]:
+        """Losses and scores, means over the processes, and the gradient's norm. The only wait for the device in a step."""
+        numbers = torch.stack([*(result.loss for result in results), *(result.score for result in results)]).float()
+        self.world.sum_(numbers)
+        *found, gradient_norm = torch.cat([numbers / self.world.size, norm.float().view(1)]).tolist()
+        return found[: len(results)], found[len(results) :], gradient_norm
+
+    def _images(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Normalised and mixed images on the device, with their labels or the probabilities of mixed ones."""
+        pixels, labels = (value.to(self.device, non_blocking=True) for value in (batch.images, batch.labels))
         images = normalised(pixels, self.mean, self.std)
-        results = train_step(self.supernet, children, images, labels, self.run.task, config)
-        if recipe.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.supernet.parameters(), recipe.clip_norm)
-        if self.device == "cpu" and not all(math.isfinite(float(result.loss)) for result in results):
-            raise InputError(f"the loss is not finite at step {step + 1}: lower learning_rate (now {recipe.learning_rate}) or set "
-                             "clip_norm, and start a new run; the checkpoints before it are whole")  # fmt: skip
-        self.optimizer.step()
-        return rate, results
+        if not self.mix.on:
+            return images, labels
+        group = self.recipe.bn_group if isinstance(self.recipe.bn_group, int) else len(images)
+        first = self.world.rank * len(images) // group
+        classes = len(self.run.classes)
+        return mix_groups(images, labels, classes, self.mix, (self.seed, self.state.step), group, first)
 
-    def _log(self, rate: float, results: list[ChildResult]) -> dict[str, Any]:
-        roles: dict[str, list[ChildResult]] = {}
-        for result in results:
-            roles.setdefault(result.role, []).append(result)
-        children = {}
-        for role, group in roles.items():
-            loss = sum(float(result.loss) for result in group) / len(group)
-            if not math.isfinite(loss):
-                raise InputError(f"the loss is not finite at step {self.step}: lower learning_rate or set clip_norm")
-            score = sum(float(result.score) for result in group) / len(group)
-            children[role] = {"loss": round(loss, 6), self.run.task.metric: round(score, 6)}
-        epoch = self.step / self.batches.steps_per_epoch
-        line = {"step": self.step, "epoch": round(epoch, 4), "learning_rate": rate, "children": children}
-        durable.append_line(self.run.path / "metrics.jsonl", json.dumps(line))
-        return line
+    def _config(self) -> StepConfig:
+        recipe, fade = self.recipe, self.recipe.distillation
+        group = recipe.bn_group if isinstance(recipe.bn_group, int) else None
+        return StepConfig(
+            soft_weight=fade.most * ramp(self.state.step / self.steps, fade.start, fade.end),
+            distillation=Distillation(fade.kind, fade.temperature, fade.alpha_low, fade.alpha_high, fade.clip),
+            label_smoothing=recipe.label_smoothing, dropout=recipe.dropout, drop_path=recipe.drop_path,
+            regularise_all=recipe.regularise == "all", mean=recipe.reduction == "mean", bf16=recipe.precision == "bf16",
+            statistics=Statistics(group, recipe.bn_group == "sync" and self.world.size > 1), share=1 / self.world.size,
+        )  # fmt: skip
 
-    def _save(self) -> None:
-        tensors, rest = checkpoint.optimizer_groups(self.optimizer)
-        state = {"space": self.run.space.key, "optimizer": rest, "finished": self.step >= self.steps}
-        groups = {"weights": self.supernet.state_dict(), "optimizer": tensors}
-        if not all(bool(torch.isfinite(value).all()) for value in groups["weights"].values()):  # never over a good checkpoint
-            raise InputError(f"the weights are not finite after step {self.step}: lower learning_rate (now "
-                             f"{self.recipe.learning_rate}) or set clip_norm, and start a new run")  # fmt: skip
-        checkpoint.save(self.run.checkpoints, checkpoint.Checkpoint(self.step, groups, state))
-
-    def _restore(self) -> int:
-        path = checkpoint.latest(self.run.checkpoints)
-        log = self.run.path / "metrics.jsonl"
-        if path is None:
-            torn = checkpoint.all_of(self.run.checkpoints)
-            if torn and any((path / "manifest.json").exists() for path in torn):
-                raise InputError(
-                    f"no checkpoint of {self.run.path} is whole ({checkpoint.verify(torn[-1])}): start a new run with another --out"
+    def _children(self, images: Tensor, targets: Tensor, config: StepConfig, crops: Resizer) -> list[tuple[str, Arch]]:
+        """The children of the step; of several candidates, the one that the recipe's rule prefers on these images."""
+        chosen = []
+        for role, candidates in self.sampler.children(self.state.step):
+            arch = candidates[0]
+            if len(candidates) > 1:
+                losses = losses_without_gradients(
+                    self.state.supernet, candidates, images, targets, self.run.task, config, crops
                 )
-            log.unlink(missing_ok=True)
-            donor = self.run.donor
-            if donor:
-                record(self.run.path / "init", fill(self.supernet, donor))
-            return 0
-        saved = checkpoint.load(path)
-        load_weights(self.supernet, saved)
-        checkpoint.restore_optimizer(self.optimizer, saved.tensors["optimizer"], saved.state["optimizer"])
-        lines = [
-            line for line in durable.read_lines(log) if line["step"] <= saved.step
-        ]  # the log never runs ahead of the weights
-        durable.write_text(log, "".join(json.dumps(line) + "\n" for line in lines))
-        return saved.step
+                self.world.sum_(losses)  # so that all processes prefer the same
+                arch = pick(candidates, losses.tolist(), self.recipe.sampling.rule)
+            chosen.append((role, arch))
+        return chosen
+
+    def _gradients(
+        self, children: list[tuple[str, Arch]], images: Tensor, targets: Tensor, config: StepConfig, crops: Resizer
+    ) -> list[ChildResult]:  # fmt: skip
+        """`train_step`; where memory does not suffice, the same step again in smaller pieces, and so from then on."""
+        while True:
+            key = [self.seed, self.state.step, self.world.rank, DROPOUT]
+            torch.manual_seed(int(np.random.default_rng(key).integers(2**63)))
+            try:
+                return train_step(
+                    self.state.supernet, children, images, targets, self.run.task,
+                    replace(config, micro_batch=self.state.micro_batch),
+                    crops=crops, child=self.child,
+                )  # fmt: skip
+            except torch.OutOfMemoryError as error:
+                self._make_smaller(len(images), config, error)
+                self.state.supernet.zero_grad()
+
+    def _make_smaller(self, images: int, config: StepConfig, error: Exception) -> None:
+        now, group = self.state.micro_batch or images, config.statistics.group or 1
+        if config.statistics.synchronised or now % 2 or now // 2 % group or now // 2 < 2:
+            raise InputError(
+                f"{now} images at once need more memory than the device has, and cannot be halved (bn_group {self.recipe.bn_group}): "
+                "lower batch_size in a new run, or continue with more processes"
+            ) from error
+        self.state.micro_batch = now // 2
+        torch.cuda.empty_cache()
+        same = "" if group > 1 else ", over which batch norm takes its statistics (set bn_group to keep them the same)"
+        self.events.append(f"step {self.state.step + 1}: out of memory; from here {now // 2} images go through at once{same}")
+
+    # --- what is written ---
+
+    def _line(self, rate: float, children: list[dict[str, Any]]) -> dict[str, Any]:
+        """A line of the log; several children of a role are averaged. Images per second are since the last line."""
+        now = time.monotonic()
+        step = self.state.step
+        speed = (step - self.logged_step) * self.batches.batch_size / max(now - self.logged, 1e-9)
+        self.logged, self.logged_step = now, step
+        roles: dict[str, list[dict[str, Any]]] = {}
+        for child in children:
+            roles.setdefault(child["role"], []).append(child)
+        names = ("loss", self.run.task.metric)
+        means = {
+            role: {name: _number(sum(child[name] for child in group) / len(group)) for name in names}
+            for role, group in roles.items()
+        }
+        epoch = round(step / self.batches.steps_per_epoch, 4)
+        return {
+            "step": step, "epoch": epoch, "learning_rate": rate, "gradient_norm": _number(self.gradient_norm),
+            "skipped": self.state.guard.skipped, "images_per_s": round(speed, 1), "children": means,
+        }  # fmt: skip
+
+    def _look(self, line: dict[str, Any]) -> float:
+        """Look at the ends of the space on held-out images; adds to the line, gives the mean of their scores."""
+        found = self.looks.look(self.state.shown)
+        line |= {"validation": {role: _number(score) for role, score in found.items()}}
+        return sum(found.values()) / len(found)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if line and self.world.main:
+            durable.append_line(self.run.path / "metrics.jsonl", json.dumps(line))
+
+    def _note_unreadable(self, batch: Batch) -> None:
+        new = [name for name in batch.unreadable if name not in self.unreadable]
+        self.unreadable.update(new)
+        self.events += [
+            f"step {self.state.step + 1}: {name} cannot be read; another image of its class stands in for it" for name in new
+        ]
+
+    def _save(self, last: bool, score: float | None) -> str | None:
+        """Write a checkpoint; where the weights are not worth one, why the run has to go back."""
+        if not self.state.finite:  # of several processes, only the last step is saved at the same moment by all
+            return "the weights are not finite" if last or self.world.size == 1 else None
+        if self.world.main:
+            self.state.save(finished=last, score=score)
+        return None
+
+    # --- where it begins, and begins again ---
+
+    def _begin(self) -> None:
+        """Weights, optimizer and all else as the newest whole checkpoint has them, or as a run begins."""
+        recipe, run, back = self.recipe, self.run, len(self.rollbacks.all())
+        self.seed = recipe.seed if not back else int(np.random.default_rng([recipe.seed, back, AFTER_ROLLBACK]).integers(2**62))
+        self.rate = RATE**back
+        self.batches = self._batches()
+        sampling = Sampling(**recipe.sampling.model_dump())
+        self.sampler = Sampler(run.space, recipe.children, sampling, self.seed, ends=recipe.sandwich)
+        guard = Guard(self.chance, min(200, max(5, self.batches.steps_per_epoch // 4)), recipe.guard.skips)
+        self.state = State(run, self.device, guard)
+        self.child = CompiledChildren(self.state.supernet) if recipe.compile else None
+        name = self.world.broadcast(newest(run) if self.world.main else None)
+        if name is None:
+            self.state.begin(write=self.world.main)
+        else:
+            self.state.take_up(name)
+        if self.world.main:
+            cut_log(run, self.state.step)
+        self.world.barrier()
+
+    def _batches(self) -> TrainingBatches:
+        recipe, run = self.recipe, self.run
+        return TrainingBatches(
+            run.source, run.dataset.splits.train, batch_size=recipe.batch_size, resolution=run.space.largest_resolution,
+            augment=Augment(**recipe.augment.model_dump()), seed=self.seed, workers=self.workers, repeats=recipe.repeats,
+            balance=recipe.balance, rank=self.world.rank, ranks=self.world.size, pin=self.device.startswith("cuda"),
+            skip_unreadable=recipe.skip_unreadable,
+        )  # fmt: skip
+
+    def _back(self, reason: str) -> str:
+        """Go back to the last good checkpoint, with a lower rate and other draws; gives what to tell.
+
+        Raises `InputError` where that was done often enough.
+        """
+        gone, at = self.rollbacks.all(), self.state.step
+        if len(gone) >= self.recipe.guard.rollbacks:
+            raise InputError(
+                f"step {at}: {reason}, after {len(gone)} rollbacks: lower learning_rate (now {self.recipe.learning_rate:g}) or set "
+                f"clip_norm, raise guard.rollbacks, and resume; the checkpoints in {self.run.checkpoints} are good"
+            )
+        self.world.barrier()
+        if self.world.main:
+            good = checkpoint.latest(self.run.checkpoints)
+            older = [path for path in checkpoint.all_of(self.run.checkpoints) if good is not None and path < good]
+            if good is not None and older and any(line["to"] == checkpoint.step_of(good) for line in gone):
+                checkpoint.remove(good)  # it led here before
+                good = checkpoint.latest(self.run.checkpoints)
+            self.rollbacks.add(at, checkpoint.step_of(good) if good is not None else 0, reason)
+        self.world.barrier()
+        self._begin()
+        return f"step {at}: {reason}; back to step {self.state.step}, at {self.rate:g} of the learning rate"
 
 
-def make_optimizer(supernet: Supernet, recipe: TrainConfig) -> torch.optim.Optimizer:
-    """Timm's optimizer of that name; no weight decay on biases and norms."""
-    optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        supernet, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, momentum=recipe.momentum
-    )
-    return optimizer
+def _number(value: float) -> float | None:
+    """Rounded for the log; None for what JSON has no number for."""
+    return round(value, 6) if math.isfinite(value) else None

@@ -22,9 +22,9 @@ from supernet import checkpoint, durable
 from supernet.checkpoint import Checkpoint, latest, load, optimizer_groups, restore_optimizer, save, verify
 from supernet.errors import InputError
 from supernet.model import Supernet
+from supernet.optimizer import make_optimizer
 from supernet.recipe import load_recipe
 from supernet.space import Space
-from supernet.train import make_optimizer
 
 ROOT = Path(__file__).parents[2]
 

@@ -79,7 +79,7 @@ def test_public_names_are_loaded_when_they_are_used() -> None:
     [
         (["train", "--out", "nowhere"], "give the images with --data"),
         (["train", "--out", "nowhere", "--resume"], "nowhere is not a run directory"),
-        (["train", "--out", "nowhere", "--resume", "--epochs", "3"], "--resume continues the run as it was configured"),
+        (["train", "--out", "nowhere", "--resume", "--space", "digits"], "--resume continues the run as it was configured"),
         (["train", "--out", "nowhere", "--data", "digts"], "there is no data called 'digts' (did you mean digits?)"),
         (["train", "--out", "nowhere", "--data", "digits", "--device", "tpu"], "a device is one of auto, cpu, cuda, but got 'tpu'"),
         (["train", "--out", "nowhere", "--data", "digits", "--set", "epochs"], "an override is written key=value"),

@@ -11,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from supernet import config
-from supernet.data.batches import Augment
+from supernet.data.augment import Augment
+from supernet.data.mix import Mix
 from supernet.errors import InputError
+from supernet.losses import Distillation
 from supernet.recipe import TrainConfig, load_recipe, parse_overrides
+from supernet.sandwich import Sampling
 
 RECIPES = config.names("train")
 
@@ -24,11 +27,21 @@ def test_every_shipped_recipe_loads_under_its_own_name_and_survives_the_run_dire
     assert recipe.name == name
     assert recipe.source
     assert TrainConfig.model_validate(recipe.model_dump(mode="json")) == recipe
-    assert Augment(**recipe.augment.model_dump())
+    assert_usable(recipe)
+
+
+def assert_usable(recipe: TrainConfig) -> None:
+    """What the parts of training make of the recipe's parts."""
+    fade = recipe.distillation
+    Augment(**recipe.augment.model_dump())
+    Mix(**recipe.mix.model_dump())
+    Sampling(**recipe.sampling.model_dump())
+    Distillation(fade.kind, fade.temperature, fade.alpha_low, fade.alpha_high, fade.clip)
 
 
 def test_the_published_recipe_says_what_was_published() -> None:
     recipe = load_recipe("attentivenas")
+    assert (recipe.clip_value, recipe.clip_norm, recipe.sampling.rule, recipe.reduction) == (1.0, None, "best_up", "sum")
     assert (recipe.epochs, recipe.batch_size, recipe.learning_rate, recipe.weight_decay) == (360, 2048, 0.8, 1e-5)
     assert (recipe.distillation.start, recipe.distillation.end, recipe.distillation.most) == (0, 0, 1)
 
@@ -110,10 +123,10 @@ def test_an_unknown_recipe_lists_what_there_is() -> None:
 numbers = st.one_of(
     st.integers(), st.floats(), st.booleans(), st.none(), st.text(max_size=4), st.sampled_from(["1e-5", "0", 0.01, 0.5, 180])
 )
+NESTED = ("augment", "distillation", "mix", "sampling", "guard")
 FIELDS = [
-    *(name for name in TrainConfig.model_fields if name not in {"optimizer", "augment", "distillation"}),
-    *(f"augment.{name}" for name in ("min_area", "flip", "shift", "rotate_degrees")),
-    *(f"distillation.{name}" for name in ("start", "end", "most")),
+    *(name for name in TrainConfig.model_fields if name not in {"optimizer", *NESTED}),
+    *(f"{name}.{inner}" for name in NESTED for inner in TrainConfig.model_fields[name].annotation.model_fields),
 ]
 
 
@@ -125,7 +138,7 @@ def test_whatever_a_recipe_accepts_can_be_used_and_stored(overrides: dict[str, A
     except InputError as error:
         assert "\n" not in str(error)
         return
-    assert Augment(**recipe.augment.model_dump())
+    assert_usable(recipe)
     assert TrainConfig.model_validate(yaml.safe_load(yaml.safe_dump(recipe.model_dump(mode="json")))) == recipe
     assert round(recipe.warmup_epochs * 1000) >= 0
 

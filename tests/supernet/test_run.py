@@ -23,7 +23,7 @@ from supernet.model import Supernet
 from supernet.recipe import TrainConfig, load_recipe
 from supernet.run import Run, load_weights
 from supernet.space import Space, load_space
-from supernet.start import refuse_other, resume, start
+from supernet.start import refuse_changes, refuse_other, resume, start
 
 
 def edit(path: Path, change: Callable[[Any], object]) -> None:
@@ -287,7 +287,9 @@ def test_weights_of_another_space_are_refused(run: Run) -> None:
 def test_a_run_says_whether_it_is_finished(run: Run) -> None:
     saved(run, 1)
     assert not run.finished
-    saved(run, 2, finished=True)
+    saved(run, 2, finished=True, epochs=run.recipe.epochs + 1)
+    assert not run.finished  # of fewer epochs than are wanted now
+    saved(run, 3, finished=True, epochs=run.recipe.epochs)
     assert run.finished
 
 
@@ -339,21 +341,13 @@ def test_a_run_is_taken_up_by_what_began_it_and_by_nothing_else(tmp_path: Path) 
     begun = start("digits", tmp_path / "run", epochs=2, overrides={"augment.rotate_degrees": 3}).run
     own = tmp_path / "own.yaml"
     own.write_text((config.configs_folder() / "spaces" / "digits.yaml").read_text())
-    for options in (
-        {},
-        {"epochs": 2},
-        {"space": str(own)},
-        {"recipe": "digits"},
-        {"overrides": {"augment.rotate_degrees": 3}},
-        {"space": "digits"},
-    ):
-        refuse_other(begun, "digits", **{"space": None, "recipe": None, "epochs": None, "overrides": None, **options})
-    for data, options in (
-        ("mnist", {}),
-        ("digits", {"epochs": 3}),
-        ("digits", {"overrides": {"augment.rotate_degrees": 4}}),
-        ("digits", {"overrides": {"no.such.key": 1}}),
-        ("digits", {"space": "attentivenas"}),
-    ):
+    for options in ({}, {"space": str(own)}, {"recipe": "digits"}, {"space": "digits"}):
+        refuse_other(begun, "digits", **options)
+    for data, options in (("mnist", {}), ("digits", {"space": "attentivenas"}), ("digits", {"recipe": "cifar"})):
         with pytest.raises(InputError, match="leave"):
-            refuse_other(begun, data, **{"space": None, "recipe": None, "epochs": None, "overrides": None, **options})
+            refuse_other(begun, data, **options)
+    for changes in ({}, {"epochs": 2}, {"augment.rotate_degrees": 3}):
+        refuse_changes(begun, changes)
+    for changes in ({"epochs": 3}, {"augment.rotate_degrees": 4}, {"no.such.key": 1}):
+        with pytest.raises(InputError, match="leave"):
+            refuse_changes(begun, changes)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from supernet.data.sources import ArraySource, open_source
-from supernet.data.splits import NAMES, Splits, divide
+from supernet.data import splits as splits_module
+from supernet.data.sources import ArraySource, Flaw, Source, open_source
+from supernet.data.splits import NAMES, Splits, divide, readable_splits
 from supernet.errors import InputError
 
 
@@ -201,3 +204,127 @@ def test_only_whole_numbers_stand_for_images(stand_in: object) -> None:
     lists = {name: [stand_in if index == 1 else index for index in value[name]] for name in NAMES}
     with pytest.raises(InputError, match="lists of image numbers"):
         Splits.from_json_dict(value | lists, source)
+
+
+# --- images that are left out ---
+
+
+def flaw(image: int) -> Flaw:
+    return Flaw(image, f"{image:05d}", "is damaged")
+
+
+@settings(deadline=None)
+@given(st.data(), st.lists(st.integers(14, 60), min_size=2, max_size=4), st.sampled_from(["", "test", "both"]))
+def test_every_image_is_in_one_split_or_left_out(data: st.DataObject, sizes: list[int], made: str) -> None:
+    parts = {"": {"": sizes}, "test": {"train": sizes, "test": sizes}, "both": {"train": sizes, "val": sizes, "test": sizes}}[
+        made
+    ]
+    source = divided(**{part or "train": tuple(counts) for part, counts in parts.items()}) if made else of_sizes(*sizes)
+    bad = data.draw(st.lists(st.integers(0, len(source) - 1), unique=True, max_size=6))
+    splits = divide(source, seed=1, left_out=[flaw(i) for i in bad])
+    lists = as_lists(splits)
+    assert sorted([*(i for indices in lists.values() for i in indices), *bad]) == list(range(len(source)))
+    assert [left.image for left in splits.left_out] == sorted(bad)
+    value = json.loads(json.dumps(splits.to_json_dict(source)))
+    again = Splits.from_json_dict(value, source)
+    assert (as_lists(again), again.left_out) == (lists, splits.left_out)
+    more = next(i for i in lists["train"])
+    assert as_lists(splits.without([flaw(more)])) == lists | {"train": lists["train"][1:]}
+    assert set(splits.without([flaw(more)]).left_out) == {*splits.left_out, flaw(more)}
+
+
+def test_nothing_left_out_is_written_as_before() -> None:
+    source = of_sizes(20, 20)
+    assert set(divide(source, seed=0).to_json_dict(source)) == {"format", "source", "fingerprint", *NAMES}
+    assert as_lists(divide(source, seed=0, left_out=[])) == as_lists(divide(source, seed=0))
+
+
+@pytest.mark.parametrize(
+    "left_out",
+    [
+        None,
+        "0",
+        [0],
+        [{"image": 0}],
+        [{"image": True, "identity": "00000", "reason": "x"}],
+        [{"image": "0", "identity": "00000", "reason": "x"}],
+        [{"image": 0, "identity": "00000", "reason": 5}],
+        [{"image": 0, "identity": "00000", "reason": "x", "more": 1}],
+    ],
+)
+def test_a_damaged_list_of_what_is_left_out_is_refused(left_out: object) -> None:
+    source = of_sizes(9, 9)
+    value = divide(source, seed=0, left_out=[flaw(0)]).to_json_dict(source)
+    with pytest.raises(InputError, match="left_out lists images"):
+        Splits.from_json_dict(value | {"left_out": left_out}, source)
+
+
+@pytest.mark.parametrize("left_out", [[], [0, 0], [0, 1], [1]])
+def test_what_is_left_out_is_in_no_split(left_out: list[int]) -> None:
+    source = of_sizes(9, 9)
+    value = divide(source, seed=0, left_out=[flaw(0)]).to_json_dict(source)
+    with pytest.raises(InputError, match="each of the 18 images once"):
+        Splits.from_json_dict(value | {"left_out": [flaw(i)._asdict() for i in left_out]}, source)
+
+
+def test_a_class_that_is_too_small_without_them_is_named() -> None:
+    with pytest.raises(InputError, match="'class 0' of toy has 3 images to divide, and at least 4 are needed"):
+        divide(of_sizes(4, 20), seed=0, left_out=[flaw(2)])
+
+
+def photos(root: Path, damaged: Sequence[str] = (), count: int = 40) -> Source:
+    for i in range(count):
+        path = root / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (6, 5), (i, 0, 0)).save(path)
+    for name in damaged:
+        (root / name).write_text("a shopping list")
+    return open_source(str(root))
+
+
+def test_all_images_of_a_small_set_are_decoded_and_the_unreadable_left_out(tmp_path: Path) -> None:
+    source = photos(tmp_path, ["a/4.png", "b/7.png"])
+    splits = readable_splits(source, seed=0, skip_unreadable=0.05)
+    assert [left.identity for left in splits.left_out] == ["a/4.png", "b/7.png"]
+    assert all(left.reason.startswith("is not an image") for left in splits.left_out)
+    assert as_lists(splits) == as_lists(divide(source, seed=0, left_out=splits.left_out))
+    for limit, text in (
+        (0.0, "every image must be readable, but 2 of 40 are not"),
+        (0.04, r"2 of 40 images cannot be read, and skip_unreadable 0\.04 allows 1"),
+    ):
+        with pytest.raises(
+            InputError, match=rf"{text} \(a/4\.png: is not an image.*; b/7\.png: .*\): repair or remove them"
+        ) as caught:
+            readable_splits(source, seed=0, skip_unreadable=limit)
+        assert "\n" not in str(caught.value)
+
+
+def test_of_a_large_set_those_are_decoded_that_are_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(splits_module, "MOST_CHECKED", 39)
+    whole = divide(photos(tmp_path), seed=3)
+    names = [photos(tmp_path).identity(int(getattr(whole, name)[0])) for name in NAMES]
+    late = photos(tmp_path).identity(int(whole.train[-1]))
+    source = photos(tmp_path, [*names, late])
+    splits = readable_splits(source, seed=3, skip_unreadable=0.2)
+    assert {left.identity for left in splits.left_out} == set(names[1:])
+    assert as_lists(splits) == {name: indices[name != "train" :] for name, indices in as_lists(whole).items()}
+    calibrated = readable_splits(source, seed=3, skip_unreadable=0.2, calibration=5)
+    assert {left.identity for left in calibrated.left_out} == set(names)
+    assert calibrated.train.tolist() == whole.train[1:].tolist()
+    with pytest.raises(InputError, match=r"every image must be readable, but 3 of 40"):
+        readable_splits(source, seed=3)
+
+
+def test_a_large_set_that_lost_the_last_image_of_a_class_from_a_split_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(splits_module, "MOST_CHECKED", 9)
+    whole = divide(photos(tmp_path, count=20), seed=3)
+    source = photos(tmp_path, [photos(tmp_path, count=20).identity(int(whole.confirm[0]))], count=20)
+    with pytest.raises(InputError, match="has 0 images for confirm, and at least 1 is needed"):
+        readable_splits(source, seed=3, skip_unreadable=0.5)
+
+
+def test_arrays_are_divided_as_they_are() -> None:
+    source = of_sizes(30, 30)
+    assert as_lists(readable_splits(source, seed=4)) == as_lists(divide(source, seed=4))

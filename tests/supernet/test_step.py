@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,12 +13,14 @@ from torch.nn import functional as F
 
 from supernet import losses
 from supernet.arch import Arch
+from supernet.losses import SOFT, Distillation
 from supernet.model import Supernet
+from supernet.norms import Statistics
 from supernet.preprocess import Preprocessing
 from supernet.sandwich import sandwich, step_rng
 from supernet.slicing import part_of
 from supernet.space import Space
-from supernet.step import Resizer, StepConfig, normalised, train_step
+from supernet.step import Resizer, StepConfig, losses_without_gradients, normalised, train_step
 from supernet.task import Classification
 
 Gradients = dict[str, Tensor]
@@ -116,10 +119,12 @@ def test_the_teacher_gets_no_gradient_from_what_it_teaches(supernet: Supernet, i
     seen: list[Tensor] = []
 
     class Spy(Classification):
-        def student_loss(self, outputs: Tensor, targets: Tensor, soft: Tensor, weight: float) -> Tensor:
+        def student_loss(
+            self, outputs: Tensor, targets: Tensor, soft: Tensor, weight: float, distillation: Distillation = SOFT
+        ) -> Tensor:
             seen.append(soft)
             assert not soft.requires_grad
-            return super().student_loss(outputs, targets, soft, weight) * 0  # what is left is the teacher's own
+            return super().student_loss(outputs, targets, soft, weight, distillation) * 0  # what is left is the teacher's own
 
     train_step(supernet, children_of(supernet.space), images, LABELS, Spy(), StepConfig())
     found = gradients(supernet)
@@ -181,11 +186,67 @@ def test_every_child_sees_the_same_crops_at_its_own_resolution(
         torch.testing.assert_close(call["images"], images if resolution == 8 else resized(images, 6))
 
 
-def test_only_the_largest_is_regularised(supernet: Supernet, images: Tensor, calls: list[dict[str, Any]]) -> None:
-    train_step(supernet, children_of(supernet.space), images, LABELS, task, StepConfig(dropout=0.3, drop_path=0.2))
-    rates = [call["rates"] for call in calls]
-    assert rates[0] == {"dropout": 0.3, "drop_path": 0.2}
-    assert not any(value for others in rates[1:] for value in others.values())
+@pytest.mark.parametrize("everybody", [False, True])
+def test_the_largest_is_regularised_and_the_others_only_when_asked(
+    supernet: Supernet, images: Tensor, calls: list[dict[str, Any]], everybody: bool
+) -> None:
+    config = StepConfig(dropout=0.3, drop_path=0.2, regularise_all=everybody)
+    train_step(supernet, children_of(supernet.space), images, LABELS, task, config)
+    rates = [(call["rates"]["dropout"], call["rates"]["drop_path"]) for call in calls]
+    assert rates == [(0.3, 0.2), *[(0.3, 0.2) if everybody else (0.0, 0.0)] * 3]
+
+
+# --- divided ---
+
+
+@pytest.mark.parametrize("statistics", [Statistics(group=2), Statistics(group=3)])
+def test_micro_batches_give_the_gradient_of_the_whole(supernet: Supernet, images: Tensor, statistics: Statistics) -> None:
+    """With equal groups under batch norm; 3 does not divide the micro-batch of 2, and is an error."""
+    children = children_of(supernet.space)
+    whole = StepConfig(soft_weight=0.4, label_smoothing=0.1, statistics=statistics)
+    results = train_step(supernet, children, images, LABELS, task, whole)
+    wanted = gradients(supernet)
+    supernet.zero_grad()
+    if statistics.group == 3:
+        with pytest.raises(ValueError, match="groups of 3 images"):
+            train_step(supernet, children, images, LABELS, task, replace(whole, micro_batch=2))
+        return
+    again = train_step(supernet, children, images, LABELS, task, replace(whole, micro_batch=2))
+    assert_equal(gradients(supernet), wanted)
+    for one, other in zip(results, again, strict=True):
+        torch.testing.assert_close(one.loss, other.loss)
+        torch.testing.assert_close(one.score, other.score)
+
+
+def test_without_groups_micro_batches_are_normalised_by_themselves(supernet: Supernet, images: Tensor) -> None:
+    children = children_of(supernet.space, 1)
+    train_step(supernet, children, images, LABELS, task, StepConfig(micro_batch=2))
+    parts = gradients(supernet)
+    supernet.zero_grad()
+    train_step(supernet, children, images, LABELS, task, StepConfig(statistics=Statistics(group=2)))
+    assert_equal(parts, gradients(supernet))
+
+
+def test_processes_weigh_their_images_by_their_share_and_a_mean_divides_by_the_children(
+    supernet: Supernet, images: Tensor
+) -> None:
+    children = children_of(supernet.space)
+    train_step(supernet, children, images, LABELS, task, StepConfig())
+    whole = gradients(supernet)
+    for config, factor in ((StepConfig(share=0.25), 0.25), (StepConfig(mean=True), 0.25)):
+        supernet.zero_grad()
+        train_step(supernet, children, images, LABELS, task, config)
+        assert_equal(gradients(supernet), {name: factor * gradient for name, gradient in whole.items()})
+
+
+def test_losses_of_candidates_are_theirs_and_leave_no_gradient(supernet: Supernet, images: Tensor) -> None:
+    archs = [arch for _, arch in children_of(supernet.space)]
+    config = StepConfig(share=0.5)
+    found = losses_without_gradients(supernet, archs, images, LABELS, task, config, Resizer(images))
+    for loss, arch in zip(found, archs, strict=True):
+        outputs = supernet.extract(arch)(resized(images, supernet.space.resolution(arch))).detach()
+        torch.testing.assert_close(loss, 0.5 * losses.label_loss(outputs, LABELS))
+    assert not gradients(supernet)
 
 
 @pytest.mark.parametrize("rates", [{"dropout": 0.9}, {"drop_path": 0.9}])

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -20,13 +21,14 @@ import pytest
 import torch
 import yaml
 
-from supernet import checkpoint
+from supernet import checkpoint, state
 from supernet import train as training
 from supernet.data.batches import Augment, TrainingBatches
 from supernet.data.sources import Source, open_source
 from supernet.errors import InputError
 from supernet.model import Supernet
-from supernet.recipe import TrainConfig, load_recipe
+from supernet.optimizer import make_optimizer
+from supernet.recipe import GuardConfig, TrainConfig, load_recipe
 from supernet.run import Run
 from supernet.space import Space
 from supernet.step import StepConfig, train_step
@@ -49,20 +51,23 @@ def stop_after(step: int) -> Callable[[Progress], None]:
 
 
 def learnt(run: Run) -> dict[str, bytes]:
-    """Weights, optimizer state and log of a run, byte for byte."""
+    """Weights, optimizer state and log of a run, byte for byte, save how fast it was."""
     newest = checkpoint.latest(run.checkpoints)
     assert newest is not None
-    files = [
-        newest / "weights.safetensors",
-        newest / "optimizer.safetensors",
-        newest / "state.json",
-        run.path / "metrics.jsonl",
-    ]
-    return {newest.name: b"", **{file.name: file.read_bytes() for file in files}}
+    files = [*newest.glob("*.safetensors"), newest / "state.json"]
+    log = [{name: value for name, value in line.items() if name != "images_per_s"} for line in metrics(run)]
+    return {newest.name: b"", "log": json.dumps(log).encode(), **{file.name: file.read_bytes() for file in files}}
 
 
 def metrics(run: Run) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_whole_and_finite(run: Run) -> None:
+    for path in checkpoint.all_of(run.checkpoints):
+        assert checkpoint.verify(path) is None
+        for group in checkpoint.load(path).tensors.values():
+            assert all(value.isfinite().all() for value in group.values() if value.is_floating_point())
 
 
 @pytest.fixture
@@ -110,7 +115,7 @@ def written_out(run: Run) -> dict[str, torch.Tensor]:
     large = [p for name, p in supernet.named_parameters() if not (name.endswith("bias") or ".norm." in name)]
     groups = [{"params": small, "weight_decay": 0.0}, {"params": large, "weight_decay": 5e-4}]
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
-    for step, (pixels, labels) in enumerate(batches.batches(0, STEPS)):
+    for step, (pixels, labels, _) in enumerate(batches.batches(0, STEPS)):
         rate = 0.1 * (step + 1) / 4 if step < 4 else 0.1 * (1 + math.cos(math.pi * (step - 4) / 3)) / 2
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -159,7 +164,7 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(run: Run, whole: dic
     for step in steps:
         with pytest.raises(Stopped):
             train(Run.open(run.path), progress=stop_after(step))
-        assert not Run.open(run.path).finished
+        assert Run.open(run.path).finished == (step == STEPS)
     train(Run.open(run.path))
     assert learnt(run) == whole
     assert Run.open(run.path).finished
@@ -175,7 +180,7 @@ def test_a_run_stopped_in_mid_epoch_goes_back_to_its_last_checkpoint_and_the_log
     assert [line["step"] for line in metrics(run)] == list(range(1, step + 1))
     steps = []
     train(Run.open(run.path), progress=lambda now: steps.append(now.step))
-    assert steps[0] == (1 if step <= 4 else 5)  # nothing was saved yet when the last step of the epoch was told
+    assert steps[0] == (1 if step < 4 else 5)
     assert learnt(run) == whole
 
 
@@ -189,7 +194,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_older_one(run: Run, whole: dict[s
     (newest / name).write_bytes((newest / name).read_bytes()[:-9])
     steps = []
     train(Run.open(run.path), progress=lambda now: steps.append(now.step))
-    assert steps == [4, 5, 6, 7, 8]
+    assert steps == [5, 6, 7, 8]
     assert learnt(run) == whole
 
 
@@ -197,13 +202,14 @@ def test_a_damaged_checkpoint_gives_way_to_the_older_one(run: Run, whole: dict[s
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew_in_silence(run: Run) -> None:
     with pytest.raises(Stopped):
         train(run, progress=stop_after(5))
-    for path in checkpoint.all_of(run.checkpoints):
+    kept = checkpoint.all_of(run.checkpoints)
+    for path in kept:
         (path / "weights.safetensors").write_bytes(b"")
     with pytest.raises(
         InputError, match=r"no checkpoint of .* is whole \(weights.safetensors was changed since it was written\): start"
     ):
         train(Run.open(run.path))
-    assert len(checkpoint.all_of(run.checkpoints)) == 2
+    assert checkpoint.all_of(run.checkpoints) == kept
 
 
 def test_a_first_checkpoint_that_was_never_finished_is_begun_anew(run: Run, whole: dict[str, bytes]) -> None:
@@ -339,25 +345,21 @@ def test_a_second_trainer_of_the_same_run_is_refused_and_the_first_goes_on(run: 
 
 
 @pytest.mark.usefixtures("saving_always")
-def test_a_loss_that_is_not_finite_ends_the_run_and_the_checkpoints_stay_good(another: Callable[..., Run]) -> None:
-    run = another("diverging", learning_rate=1e25, clip_norm=None)
-    with pytest.raises(
-        InputError, match=r"the loss is not finite at step \d: lower learning_rate \(now 1e\+25\) or set clip_norm"
-    ):
+def test_a_rate_that_no_rollback_can_save_ends_the_run_and_the_checkpoints_stay_good(another: Callable[..., Run]) -> None:
+    run = another("diverging", learning_rate=1e25, clip_norm=None, guard=GuardConfig(skips=2, rollbacks=2), validate_epochs=0)
+    said = r"after 2 rollbacks: lower learning_rate \(now 1e\+25\) or set clip_norm, raise guard.rollbacks, and resume"
+    with pytest.raises(InputError, match=said):
         train(run)
-    newest = checkpoint.latest(run.checkpoints)
-    assert newest is not None
-    for path in checkpoint.all_of(run.checkpoints):
-        assert checkpoint.verify(path) is None
-        assert all(value.isfinite().all() for value in checkpoint.load(path).tensors["weights"].values())
+    assert len((run.path / "rollbacks.jsonl").read_text().splitlines()) == 2
+    assert_whole_and_finite(run)
     assert not run.finished
 
 
 @pytest.mark.usefixtures("saving_always")
 @pytest.mark.parametrize("step", [2, STEPS])
 def test_weights_that_are_not_finite_are_never_saved(run: Run, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also by the last step, after which no loss is computed any more."""
-    make = training.make_optimizer
+    """Also by the last step, after which no loss is computed any more; the run goes back, and makes it the second time."""
+    make, spoilt = state.make_optimizer, []
 
     def spoiling(*arguments: Any) -> torch.optim.Optimizer:
         optimizer, done = make(*arguments), 0
@@ -367,20 +369,22 @@ def test_weights_that_are_not_finite_are_never_saved(run: Run, step: int, monkey
             nonlocal done
             done += 1
             update(*given)
-            if done == step:
+            if done == step and not spoilt:
+                spoilt.append(step)
                 with torch.no_grad():
                     optimizer.param_groups[0]["params"][0].view(-1)[0] = float("inf")
 
         monkeypatch.setattr(optimizer, "step", spoil)
         return optimizer
 
-    monkeypatch.setattr(training, "make_optimizer", spoiling)
-    with pytest.raises(InputError, match=f"the weights are not finite after step {step}: lower learning_rate"):
-        train(run)
-    newest = checkpoint.latest(run.checkpoints)
-    assert newest is not None
-    assert newest.name == f"step-{step - 1:09d}"
-    assert not run.finished
+    monkeypatch.setattr(state, "make_optimizer", spoiling)
+    events: list[str] = []
+    train(run, progress=lambda now: events.extend(now.events))
+    assert spoilt == [step]
+    assert len(events) == 1
+    assert re.fullmatch(rf"step {step}: the weights are not finite; back to step [1-7], at 0.5 of the learning rate", events[0])
+    assert_whole_and_finite(run)
+    assert run.finished
 
 
 @pytest.mark.usefixtures("saving_always")
@@ -462,9 +466,12 @@ def test_a_long_run_writes_a_bounded_log_and_always_its_last_step(run: Run, monk
 
 
 @pytest.mark.usefixtures("saving_always")
-def test_two_checkpoints_are_kept(run: Run) -> None:
+def test_two_checkpoints_are_kept(another: Callable[..., Run]) -> None:
+    run = another("unlooked", validate_epochs=0)
     train(run)
-    assert [path.name for path in checkpoint.all_of(run.checkpoints)] == ["step-000000007", "step-000000008"]
+    kept = [checkpoint.step_of(path) for path in checkpoint.all_of(run.checkpoints)]
+    assert len(kept) == 2
+    assert kept[-1] == 8
     assert all(checkpoint.verify(path) is None for path in checkpoint.all_of(run.checkpoints))
 
 
@@ -479,7 +486,7 @@ def test_training_learns_to_tell_bright_images_from_dark_ones(another: Callable[
 
 
 def test_training_never_reads_the_test_split(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    held_out = {int(i) for name in ("search_val", "confirm", "test") for i in getattr(run.dataset.splits, name)}
+    held_out = {int(i) for name in ("confirm", "test") for i in getattr(run.dataset.splits, name)}
     seen: set[int] = set()
     image = type(run.source).image
 
@@ -496,7 +503,7 @@ def test_training_never_reads_the_test_split(run: Run, monkeypatch: pytest.Monke
 
 def test_weight_decay_is_for_weights_and_not_for_biases_and_norms(tiny_space: Space) -> None:
     supernet = Supernet(tiny_space)
-    optimizer = training.make_optimizer(supernet, load_recipe("digits"))
+    optimizer = make_optimizer(supernet, load_recipe("digits"))
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in supernet.parameters()}

@@ -1,0 +1,96 @@
+"""Whether a run still learns: steps that are not finite, and a loss that returns to chance, send it back to its last good checkpoint.
+
+Supernets collapse in mid-training, days into a run (the loss jumps to that of guessing and stays). What is watched is the largest
+child's own loss to its targets, never the surrogate that students learn from. The state is saved with a checkpoint, so a resumed
+run decides as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from supernet import durable
+
+LEARNT = 0.95
+"""Fraction of the loss of guessing below which a run has begun to learn."""
+LOST = 0.99
+"""Fraction of it above which a run that had learnt has collapsed."""
+RATE = 0.5
+"""What each rollback does to the learning rate."""
+
+
+@dataclass
+class Guard:
+    """Watches one run. `chance` is the loss of guessing; losses are averaged over about `horizon` steps."""
+
+    chance: float
+    horizon: int
+    most_skips: int
+    last: float | None = None
+    smoothed: float | None = None
+    lowest: float | None = None
+    skips_in_a_row: int = 0
+    skipped: int = 0
+    """Steps skipped since the run began."""
+
+    def watch(self, loss: float, gradient_norm: float) -> bool:
+        """Take in a step; whether it may be made: False where its loss or gradient is not finite."""
+        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+            self.skips_in_a_row += 1
+            self.skipped += 1
+            return False
+        self.skips_in_a_row, self.last = 0, loss
+        before = loss if self.smoothed is None else self.smoothed
+        self.smoothed = before + (loss - before) / self.horizon
+        self.lowest = self.smoothed if self.lowest is None else min(self.lowest, self.smoothed)
+        return True
+
+    @property
+    def reason(self) -> str | None:
+        """Why the run has to go back, or None."""
+        if self.skips_in_a_row >= self.most_skips:
+            return f"the loss or the gradient of {self.skips_in_a_row} steps in a row was not finite"
+        if self.learnt and self.smoothed is not None and self.smoothed >= LOST * self.chance:
+            return f"the loss of the largest child returned to that of guessing ({self.smoothed:.3g}, it had been {self.lowest:.3g})"
+        return None
+
+    @property
+    def learnt(self) -> bool:
+        """Whether the loss was ever clearly below that of guessing."""
+        return self.lowest is not None and self.lowest <= LEARNT * self.chance
+
+    @property
+    def good(self) -> bool:
+        """Whether the weights are worth keeping: nothing is being skipped, and what was learnt is still there."""
+        fading = self.learnt and ((self.smoothed or 0.0) > LEARNT * self.chance or (self.last or 0.0) > LOST * self.chance)
+        return self.skips_in_a_row == 0 and not fading
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        kept = ("last", "smoothed", "lowest", "skips_in_a_row", "skipped")
+        return {name: value for name, value in asdict(self).items() if name in kept}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Inverse of `state`."""
+        for name in self.state():
+            setattr(self, name, state[name])
+
+
+@dataclass(frozen=True)
+class Rollbacks:
+    """How often a run went back, in a file of its own: a checkpoint that is loaded again must not forget it."""
+
+    path: Path
+
+    def all(self) -> list[dict[str, Any]]:
+        """Every rollback: the step it happened at, the step it went back to, why."""
+        return durable.read_lines(self.path)
+
+    def add(self, at: int, to: int, reason: str) -> None:
+        """Write one down, durably, before anything is done about it."""
+        lines = [*self.all(), {"at": at, "to": to, "reason": reason}]
+        durable.write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))

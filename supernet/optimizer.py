@@ -1,0 +1,45 @@
+"""The optimizer of a run, and the limits on a step's gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from torch import Tensor
+
+from supernet.model import Supernet
+from supernet.recipe import TrainConfig
+
+FUSED = ("sgd", "momentum", "nesterov", "adam", "adamw")
+"""Optimizers that torch has in one kernel for a GPU."""
+
+
+def make_optimizer(supernet: Supernet, recipe: TrainConfig) -> torch.optim.Optimizer:
+    """Timm's optimizer of that name; no weight decay on biases and norms unless the recipe wants it (`decay_all`)."""
+    on_gpu = next(supernet.parameters()).is_cuda
+    fused: dict[str, Any] = {"fused": True} if on_gpu and recipe.optimizer in FUSED else {}
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(
+        supernet, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, momentum=recipe.momentum,
+        filter_bias_and_bn=not recipe.decay_all, **fused,
+    )  # fmt: skip
+    return optimizer
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rate: float, weight_decay: float) -> None:
+    """Learning rate of all groups, and the weight decay of those that have any."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        if group["weight_decay"]:
+            group["weight_decay"] = weight_decay
+
+
+def limit_gradient(supernet: Supernet, recipe: TrainConfig) -> Tensor:
+    """Clip the gradient as the recipe says, by norm and then by value; returns its norm before, a scalar on the device."""
+    parameters = [parameter for parameter in supernet.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if recipe.clip_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, recipe.clip_norm, norm)
+    if recipe.clip_value is not None:
+        torch.nn.utils.clip_grad_value_(parameters, recipe.clip_value)
+    return norm

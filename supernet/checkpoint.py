@@ -36,27 +36,35 @@ class Checkpoint:
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
     """Write `folder/step-N` and remove all but the newest `keep` checkpoints that verify, and the best. Returns its path.
 
-    The process may die at any point: the checkpoints before it stay whole. Raises `OSError` on a full disk, likewise.
+    The process may die at any point: the checkpoints before it stay whole. Raises `durable.WriteError` (an `InputError` and an
+    `OSError`) on a full disk, likewise.
     """
     path = folder / f"step-{checkpoint.step:09d}"
-    if path.exists():
-        if verify(path) is None:
-            return path
-        remove(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    path.mkdir()
-    try:
-        hashes = {"state.json": _write(path / "state.json", json.dumps(checkpoint.state, allow_nan=False).encode())}
-        for name, group in checkpoint.tensors.items():
-            data = save_tensors({key: _plain(value) for key, value in group.items()})
-            hashes[f"{name}.safetensors"] = _write(path / f"{name}.safetensors", data)
-        durable.write_json(path / "manifest.json", {"format": FORMAT, "step": checkpoint.step, "sha256": hashes})
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        raise
-    durable.sync_folder(folder)
-    _remove_old(folder, keep)
+    remedy = f"the checkpoints before it are whole; make room there, then `nestling train --resume --out {folder.parent}`"
+    with durable.writing(f"the checkpoint {path}", remedy):
+        if path.exists():
+            if verify(path) is None:
+                return path
+            remove(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        path.mkdir()
+        try:
+            _fill(path, checkpoint)
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+        durable.sync_folder(folder)
+        _remove_old(folder, keep)
     return path
+
+
+def _fill(path: Path, checkpoint: Checkpoint) -> None:
+    """Write the files of a checkpoint, the manifest last."""
+    hashes = {"state.json": _write(path / "state.json", json.dumps(checkpoint.state, allow_nan=False).encode())}
+    for name, group in checkpoint.tensors.items():
+        data = save_tensors({key: _plain(value) for key, value in group.items()})
+        hashes[f"{name}.safetensors"] = _write(path / f"{name}.safetensors", data)
+    durable.write_json(path / "manifest.json", {"format": FORMAT, "step": checkpoint.step, "sha256": hashes})
 
 
 def _write(path: Path, data: bytes) -> str:

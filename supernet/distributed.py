@@ -9,6 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,8 +30,15 @@ if TYPE_CHECKING:
 TIMEOUT_S = 600.0
 """Longest wait for another process, in seconds; the environment variable `NESTLING_TIMEOUT_S` sets another."""
 
+LEAVING_S = 3.0
+"""How long a process that ends with an error of its own may take to say it, after `torchrun` told it to end."""
+
 LOST = re.compile(r"connection|timed out|timeout|broken pipe|socket|remote (process|worker)|NCCL", re.IGNORECASE)
 """What torch's backends say when the other end is gone; they raise plain `RuntimeError`s."""
+
+
+RESUME = "look for its message, then resume with `nestling train --resume --out RUN`, on any number of processes"
+ENDED = f"nestling: ended by SIGTERM, which torchrun sends when another process of this job ended: {RESUME}\n"
 
 
 class ProcessLost(InputError):
@@ -122,17 +132,54 @@ def world(device: str = "cpu") -> Iterator[World]:
         ) from error
     well = False
     try:
-        if gpu is None:
-            yield World(rank, size, device)
-        else:
-            with torch.cuda.device(gpu):
-                yield World(rank, size, str(gpu))
+        with _last_words():
+            if gpu is None:
+                yield World(rank, size, device)
+            else:
+                with torch.cuda.device(gpu):
+                    yield World(rank, size, str(gpu))
         well = True
     except dist.DistError as error:  # of NCCL, which tells late
         raise _lost(error) from error
     finally:
         if well or gpu is None:  # NCCL would wait here for those that an error ended
             dist.destroy_process_group()
+
+
+@contextmanager
+def _last_words() -> Iterator[None]:
+    """Meanwhile, on SIGTERM say what to do and end at once: `torchrun` sends it to the others as soon as a process ended.
+
+    A thread does so, for this one may be waiting for a device or another process, and then hears no signal. Where an error ends
+    this process already, that has its own words.
+    """
+    if threading.current_thread() is not threading.main_thread():  # others may not handle signals
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    leaving = threading.Event()
+
+    def listen() -> None:
+        while number := os.read(reader, 1):
+            if number[0] == signal.SIGTERM:
+                if leaving.is_set():
+                    time.sleep(LEAVING_S)
+                else:
+                    os.write(2, ("\n" * os.isatty(2) + ENDED).encode())  # below the progress
+                os._exit(128 + signal.SIGTERM)
+        os.close(reader)
+
+    threading.Thread(target=listen, daemon=True).start()
+    handler, before = signal.signal(signal.SIGTERM, lambda *_: None), signal.set_wakeup_fd(writer)
+    try:
+        yield
+    except BaseException:
+        leaving.set()
+        raise
+    signal.set_wakeup_fd(before)
+    signal.signal(signal.SIGTERM, handler)
+    os.close(writer)  # which ends the thread
 
 
 def reduce_gradients(supernet: Supernet, world: World) -> None:
@@ -185,10 +232,7 @@ def _peers() -> Iterator[None]:
 
 
 def _lost(error: BaseException) -> ProcessLost:
-    return ProcessLost(
-        f"another process of this job ended or does not answer ({_in_short(error)}): look for its message, then resume with "
-        "`nestling train --resume --out RUN`, on any number of processes"
-    )
+    return ProcessLost(f"another process of this job ended or does not answer ({_in_short(error)}): {RESUME}")
 
 
 def _in_short(error: BaseException | None) -> str:

@@ -9,30 +9,36 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+import statistics
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from supernet import durable
 
-LEARNT = 0.95
+LEARNT = 0.9
 """Fraction of the loss of guessing below which a run has begun to learn."""
+DOUBTFUL = 0.95
+"""Fraction of it above which the weights of a run that had learnt are not saved."""
 LOST = 0.99
-"""Fraction of it above which a run that had learnt has collapsed."""
+"""Fraction of it above which such a run has collapsed."""
+LATEST = 5
+"""Steps whose mean says how the weights are right now."""
 RATE = 0.5
 """What each rollback does to the learning rate."""
 
 
 @dataclass
 class Guard:
-    """Watches one run. `chance` is the loss of guessing; losses are averaged over about `horizon` steps."""
+    """Watches one run. `chance` is the loss of guessing; a run is judged by its last `horizon` steps."""
 
     chance: float
     horizon: int
     most_skips: int
-    last: float | None = None
-    smoothed: float | None = None
+    recent: list[float] = field(default_factory=list)
+    """Losses of the last `horizon` steps that were made."""
     lowest: float | None = None
+    """Of the means over `horizon` steps."""
     skips_in_a_row: int = 0
     skipped: int = 0
     """Steps skipped since the run began."""
@@ -43,19 +49,26 @@ class Guard:
             self.skips_in_a_row += 1
             self.skipped += 1
             return False
-        self.skips_in_a_row, self.last = 0, loss
-        before = loss if self.smoothed is None else self.smoothed
-        self.smoothed = before + (loss - before) / self.horizon
-        self.lowest = self.smoothed if self.lowest is None else min(self.lowest, self.smoothed)
+        self.skips_in_a_row = 0
+        self.recent = [*self.recent[-self.horizon + 1 :], loss] if self.horizon > 1 else [loss]
+        if self.mean is not None:
+            self.lowest = self.mean if self.lowest is None else min(self.lowest, self.mean)
         return True
+
+    @property
+    def mean(self) -> float | None:
+        """Mean loss of the last `horizon` steps; None before there were as many."""
+        return statistics.fmean(self.recent) if len(self.recent) == self.horizon else None
 
     @property
     def reason(self) -> str | None:
         """Why the run has to go back, or None."""
         if self.skips_in_a_row >= self.most_skips:
             return f"the loss or the gradient of {self.skips_in_a_row} steps in a row was not finite"
-        if self.learnt and self.smoothed is not None and self.smoothed >= LOST * self.chance:
-            return f"the loss of the largest child returned to that of guessing ({self.smoothed:.3g}, it had been {self.lowest:.3g})"
+        if self.learnt and self.mean is not None and self.mean >= LOST * self.chance:
+            return (
+                f"the loss of the largest child returned to that of guessing ({self.mean:.3g}, it had been {self.lowest:.3g})"
+            )
         return None
 
     @property
@@ -66,18 +79,19 @@ class Guard:
     @property
     def good(self) -> bool:
         """Whether the weights are worth keeping: nothing is being skipped, and what was learnt is still there."""
-        fading = self.learnt and ((self.smoothed or 0.0) > LEARNT * self.chance or (self.last or 0.0) > LOST * self.chance)
-        return self.skips_in_a_row == 0 and not fading
+        doubtful = self.learnt and statistics.fmean(self.recent[-LATEST:]) > DOUBTFUL * self.chance
+        return self.skips_in_a_row == 0 and not doubtful
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        kept = ("last", "smoothed", "lowest", "skips_in_a_row", "skipped")
+        kept = ("recent", "lowest", "skips_in_a_row", "skipped")
         return {name: value for name, value in asdict(self).items() if name in kept}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Inverse of `state`."""
         for name in self.state():
             setattr(self, name, state[name])
+        self.recent = self.recent[-self.horizon :]  # of a run that was extended, say
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from supernet import defaults
+from supernet import checkpoint, defaults, durable
 from supernet.data.order import batch_size_of
 from supernet.data.sources import Source, open_source
 from supernet.data.splits import divide
@@ -44,6 +44,7 @@ def start(
         raise InputError(
             f"{out} holds a run already: continue it with `nestling train --resume --out {out}`, or choose another --out"
         )
+    durable.refuse_unwritable(out)
     source = open_source(data, root=root, download=download)
     name, why = (space, "as asked") if space else defaults.space_for(source.image_size, len(source), device)
     made = load_space(name, classes=len(source.classes), in_channels=source.channels)
@@ -67,26 +68,44 @@ def resume(out: Path, changes: Mapping[str, Any] | None = None) -> Start:
     _ = run.dataset  # notices data that changed, before anything is computed
     run, told = change(run, changes or {})
     return Start(
-        run, (f"resuming {out}", f"space {run.space.name}, recipe {run.recipe.name}, {run.recipe.epochs} epochs", *told)
+        run,
+        (
+            f"resuming {out}",
+            *_damaged(run),
+            f"space {run.space.name}, recipe {run.recipe.name}, {run.recipe.epochs} epochs",
+            *told,
+        ),
     )
+
+
+def _damaged(run: Run) -> list[str]:
+    """What is wrong with the checkpoints that are newer than the one that is taken up; half-written ones are no news."""
+    whole = checkpoint.latest(run.checkpoints)
+    newer = [path for path in checkpoint.all_of(run.checkpoints) if whole is not None and path > whole]
+    return [
+        f"{path.name} is damaged ({checkpoint.verify(path)}): going back to {whole.name}"
+        for path in newer
+        if whole is not None and (path / "manifest.json").exists()
+    ]
 
 
 def together(world: World, out: Path, begin: Callable[[], Start]) -> Start:
     """Begin or take up the run `out` in one process of a job, and open it in the others.
 
-    Raises `InputError` in all of them where it cannot be begun. `out` lies where every process can read it.
+    Where it cannot be begun, the main process raises `InputError` or `OSError`, which says why, and the others end without a word
+    (`SystemExit`, code 2). `out` lies where every process can read it.
     """
     begun, error = None, None
     if world.main:
         try:
             begun = begin()
-        except InputError as raised:
+        except (InputError, OSError) as raised:
             error = raised
-    told = world.broadcast(str(error) if error else None)
+    begins = world.broadcast(error is None)
     if error:
         raise error
-    if told:
-        raise InputError(f"the first process of this job could not begin: {told}")
+    if not begins:
+        raise SystemExit(2)
     return begun or Start(Run.open(out), ())
 
 

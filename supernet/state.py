@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import torch
 from timm.utils import ModelEmaV3
@@ -22,6 +23,8 @@ class State:
     def __init__(self, run: Run, device: str, guard: Guard) -> None:
         self.run, self.recipe, self.guard = run, run.recipe, guard
         self.step = 0
+        self.rollbacks = 0
+        """How often the run had gone back when this state was reached."""
         self.micro_batch = self.recipe.micro_batch
         """Images that go through a child at once; less than the recipe says where memory did not suffice."""
         self.supernet = Supernet(run.space, seed=self.recipe.seed).to(device)
@@ -66,7 +69,7 @@ class State:
             groups["ema"] = self.average.module.state_dict()
         state = {
             "space": self.run.space.key, "optimizer": rest, "finished": finished, "epochs": self.recipe.epochs,
-            "guard": self.guard.state(), "micro_batch": self.micro_batch, "score": score,
+            "guard": self.guard.state(), "rollbacks": self.rollbacks, "micro_batch": self.micro_batch, "score": score,
         }  # fmt: skip
         checkpoint.save(self.run.checkpoints, checkpoint.Checkpoint(self.step, groups, state), keep=self.recipe.keep)
 
@@ -82,6 +85,7 @@ class State:
         for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
             group["weight_decay"] = decay
         self.guard.restore(saved.state["guard"])
+        self.rollbacks = saved.state.get("rollbacks", 0)
         if self.recipe.micro_batch is None:
             self.micro_batch = saved.state["micro_batch"]
         self.step = saved.step
@@ -107,6 +111,12 @@ def newest(run: Run) -> str | None:
 def cut_log(run: Run, step: int) -> None:
     """Leave out the lines of the log that are beyond `step`: it never runs ahead of the weights."""
     log = run.path / "metrics.jsonl"
-    lines = [line for line in durable.read_lines(log) if line["step"] <= step]
+    lines = [line for line in durable.read_lines(log) if _step(line) <= step]
     if log.exists() or lines:
         durable.write_text(log, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _step(line: object) -> float:
+    """The step of a line of the log; beyond all where it was damaged."""
+    step = line.get("step") if isinstance(line, dict) else None
+    return step if isinstance(step, int) else math.inf

@@ -217,7 +217,8 @@ class _Training:
                 )  # fmt: skip
             except torch.OutOfMemoryError as error:
                 self._make_smaller(len(images), config, error)
-                self.state.supernet.zero_grad()
+            self.state.supernet.zero_grad()  # not above: there the error still holds the activations
+            torch.cuda.empty_cache()
 
     def _make_smaller(self, images: int, config: StepConfig, error: Exception) -> None:
         now, group = self.state.micro_batch or images, config.statistics.group or 1
@@ -227,7 +228,6 @@ class _Training:
                 "lower batch_size in a new run, or continue with more processes"
             ) from error
         self.state.micro_batch = now // 2
-        torch.cuda.empty_cache()
         same = "" if group > 1 else ", over which batch norm takes its statistics (set bn_group to keep them the same)"
         self.events.append(f"step {self.state.step + 1}: out of memory; from here {now // 2} images go through at once{same}")
 
@@ -288,7 +288,7 @@ class _Training:
         self.batches = self._batches()
         sampling = Sampling(**recipe.sampling.model_dump())
         self.sampler = Sampler(run.space, recipe.children, sampling, self.seed, ends=recipe.sandwich)
-        guard = Guard(self.chance, min(200, max(5, self.batches.steps_per_epoch // 4)), recipe.guard.skips)
+        guard = Guard(self.chance, min(200, max(20, self.batches.steps_per_epoch // 4)), recipe.guard.skips)
         self.state = State(run, self.device, guard)
         self.child = CompiledChildren(self.state.supernet) if recipe.compile else None
         name = self.world.broadcast(newest(run) if self.world.main else None)
@@ -296,6 +296,12 @@ class _Training:
             self.state.begin(write=self.world.main)
         else:
             self.state.take_up(name)
+        if self.state.rollbacks > back:
+            raise InputError(
+                f"{self.rollbacks.path} tells of {back} rollbacks, but {name} was saved after {self.state.rollbacks}: restore it, or "
+                "add a line {} for each that it lacks"
+            )
+        self.state.rollbacks = back
         if self.world.main:
             cut_log(run, self.state.step)
         self.world.barrier()
@@ -324,7 +330,7 @@ class _Training:
         if self.world.main:
             good = checkpoint.latest(self.run.checkpoints)
             older = [path for path in checkpoint.all_of(self.run.checkpoints) if good is not None and path < good]
-            if good is not None and older and any(line["to"] == checkpoint.step_of(good) for line in gone):
+            if good is not None and older and any(line.get("to") == checkpoint.step_of(good) for line in gone):
                 checkpoint.remove(good)  # it led here before
                 good = checkpoint.latest(self.run.checkpoints)
             self.rollbacks.add(at, checkpoint.step_of(good) if good is not None else 0, reason)

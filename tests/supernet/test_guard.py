@@ -53,38 +53,55 @@ def test_a_loss_that_returns_to_chance_is_lost_and_says_what_it_had_been() -> No
     learnt = after([1.0] * 20)
     assert learnt.reason is None
     assert learnt.good
-    for _ in range(40):
+    for step in range(5):
+        assert learnt.reason is None, step
         learnt.watch(CHANCE + 0.1, 1.0)
-    assert learnt.reason is not None
-    assert "returned to that of guessing (2.4, it had been 1)" in learnt.reason
+    assert learnt.reason == "the loss of the largest child returned to that of guessing (2.4, it had been 1)"
 
 
 def test_a_run_that_never_learnt_is_left_in_peace() -> None:
     """A hard task begins at chance, and may stay there for long."""
     assert after([CHANCE * 1.05] * 500).reason is None
-    assert after([CHANCE * 0.97] * 100 + [CHANCE * 1.1] * 100).reason is None
+    assert after([CHANCE * 0.93] * 100 + [CHANCE * 1.1] * 100).reason is None
 
 
-@pytest.mark.parametrize("spikes", [1, 2])
+def test_a_few_good_batches_are_not_learning_yet() -> None:
+    """The first bounce of a warm-up."""
+    assert after([0.5 * CHANCE, *[CHANCE] * 50], horizon=20).reason is None
+
+
+@pytest.mark.parametrize("spikes", [1, 5, 15])
 def test_a_spike_of_a_few_steps_is_no_collapse(spikes: int) -> None:
     found = after([0.5] * 100, horizon=20)
     for _ in range(spikes):
-        found.watch(8.0, 1.0)
+        found.watch(CHANCE, 1.0)
     assert found.reason is None
 
 
-def test_what_fades_is_not_saved_before_it_is_lost() -> None:
-    found = after([1.0] * 50, horizon=10)
+def test_what_is_doubtful_is_not_saved_long_before_it_is_lost() -> None:
+    found = after([1.0] * 50, horizon=20)
     assert found.good
+    saved = []
     while found.reason is None:
-        found.watch(CHANCE * 1.2, 1.0)
-        assert not found.good  # from the first step on, long before the mean says so
-    found = after([1.0] * 50, horizon=10)
+        found.watch(CHANCE, 1.0)
+        saved.append(found.good)
+    assert len(saved) == 20
+    assert saved == sorted(saved, reverse=True)
+    assert sum(saved) <= 4
+    found = after([1.0] * 50, horizon=20)
     found.watch(math.nan, 1.0)
     assert not found.good
     found.watch(1.0, 1.0)
     assert found.good
     assert after([CHANCE] * 50).good  # what never learnt has nothing to lose
+
+
+def test_a_hard_task_that_hovers_near_chance_is_saved() -> None:
+    found = after([CHANCE * 0.89] * 50, horizon=20)
+    for loss in (0.93, 0.9, 0.94, 0.91, 0.92) * 10:
+        found.watch(CHANCE * loss, 1.0)
+        assert found.good
+        assert found.reason is None
 
 
 @given(st.lists(st.sampled_from([0.5, 1.0, 2.3, 2.5, math.nan]), max_size=60), st.integers(0, 60))

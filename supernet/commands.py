@@ -172,6 +172,7 @@ def train(
     if dry_run:
         _rehearsed(out, begin, where, workers, as_json)
         return
+    devices.keep_memory()
     with joined(where) as world:
         display = Display(quiet=not world.main)
         begun = starting.together(world, out, lambda: begin(out))

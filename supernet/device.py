@@ -41,3 +41,21 @@ def fitting_threads(largest_macs: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+
+
+def keep_memory() -> bool:
+    """Let the C library keep freed memory for the next step, for the rest of the process; whether it does (glibc alone can).
+
+    By default every large tensor is mapped anew and freed to the system, and the system clears each of its pages again: a tenth and
+    more of the CPU time of a step. The process then keeps its peak of memory until it ends.
+    """
+    import ctypes
+
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

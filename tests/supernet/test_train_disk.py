@@ -184,19 +184,6 @@ def test_a_disk_that_is_full_from_the_beginning_leaves_no_run(small_disk: Path, 
     assert nestle("--out", str(small_disk / "run"), *options)[0] == 0
 
 
-def test_a_log_that_cannot_be_written_ends_the_run_in_one_line(stopped: Path, straight: Path, nestle: Nestle) -> None:
-    log = (stopped / "metrics.jsonl").read_bytes()
-    (stopped / "metrics.jsonl").unlink()
-    (stopped / "metrics.jsonl").symlink_to("/dev/full")
-    code, said = nestle("--out", str(stopped), "--resume")
-    assert code == 2
-    assert error_in(said) == ""
-    (stopped / "metrics.jsonl").unlink()
-    (stopped / "metrics.jsonl").write_bytes(log)
-    assert nestle("--out", str(stopped), "--resume")[0] == 0
-    assert learnt(stopped) == learnt(straight)
-
-
 # --- a place that is none ---
 
 
@@ -353,7 +340,7 @@ def test_a_rollback_that_its_file_forgot_is_not_forgotten(stopped: Path, nestle:
         )
     rollbacks.write_text("{}\n")
     assert nestle("--out", str(stopped), "--resume")[0] == 0
-    assert metrics(stopped)[6]["learning_rate"] == metrics(stopped)[5]["learning_rate"] or True
+    assert metrics(stopped)[-1]["step"] == STEPS
 
 
 def _stop_at(now: training.Progress, step: int) -> None:

@@ -79,6 +79,7 @@ def check_gradients(supernet: Supernet, backend: str) -> None:
         assert any(gradient.abs().max() > 1e-3 for gradient in found.values())
 
 
+@pytest.mark.slow
 def test_compiled_ends_have_the_gradients_of_ordinary_children(supernet: Supernet) -> None:
     check_gradients(supernet, "aot_eager")
 
@@ -114,6 +115,7 @@ def test_a_step_with_compiled_ends_is_the_step(supernet: Supernet) -> None:
         torch.testing.assert_close(compiled, ordinary)
 
 
+@pytest.mark.slow
 def test_weights_that_moved_are_compiled_anew_and_not_remembered(supernet: Supernet) -> None:
     space, backend = supernet.space, Counting()
     compiled, images = CompiledChildren(supernet, [space.smallest], backend=backend), images_of(space, space.smallest)
@@ -130,6 +132,7 @@ def test_weights_that_moved_are_compiled_anew_and_not_remembered(supernet: Super
     assert backend.graphs == graphs
 
 
+@pytest.mark.slow
 def test_each_purpose_has_a_compiled_child_of_its_own(supernet: Supernet) -> None:
     arch, compiled = supernet.space.smallest, CompiledChildren(supernet, backend=Counting())
     assert compiled(arch) is compiled(arch)

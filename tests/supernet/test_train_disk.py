@@ -151,7 +151,9 @@ def size_of(folder: Path) -> int:
     return sum(-(-file.stat().st_size // 4096) * 4096 for file in folder.rglob("*") if file.is_file())
 
 
-@pytest.mark.parametrize("checkpoints", [0.0, 0.3, 0.7, 1.5, 2.9, 3.6])
+@pytest.mark.parametrize(
+    "checkpoints", [*(pytest.param(room, marks=pytest.mark.slow) for room in (0.0, 0.3, 0.7, 2.9)), 1.5, 3.6]
+)
 def test_a_disk_that_gets_full_ends_the_run_in_one_line_and_it_goes_on_bit_equal(
     small_disk: Path, straight: Path, options: list[str], nestle: Nestle, checkpoints: float
 ) -> None:

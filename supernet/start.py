@@ -11,7 +11,7 @@ from supernet import checkpoint, defaults, durable
 from supernet.data.order import batch_size_of
 from supernet.data.sources import Source, open_source
 from supernet.data.splits import divide
-from supernet.distributed import World
+from supernet.distributed import World, processes
 from supernet.donor import named, read_donor
 from supernet.errors import InputError
 from supernet.model import Supernet
@@ -53,6 +53,7 @@ def start(
     if recipe is None and "epochs" not in given:
         config = config.model_copy(update={"epochs": defaults.epochs_for(made, _to_train(source), device, config.children)})
     check(made)
+    batch_size_of(_to_train(source), batch_size=config.batch_size, repeats=config.repeats, ranks=processes())
     donor = read_donor(made, init) if init else None
     taken = fill(Supernet(made), donor).told() if donor else []  # what does not fit is an error before anything is written
     run = Run.create(out, made, config, source, root=root, donor=donor)
@@ -157,7 +158,7 @@ def _told(run: Run, why: str) -> list[str]:
     source, recipe, train = run.source, run.recipe, len(run.dataset.splits.train)
     classifies = run.task.name == "classification"
     macs = defaults.training_macs(run.space, recipe.children) * train * recipe.epochs
-    batch = batch_size_of(train, batch_size=recipe.batch_size, repeats=recipe.repeats, ranks=1)
+    batch = batch_size_of(train, batch_size=recipe.batch_size, repeats=recipe.repeats, ranks=processes())
     left_out = run.dataset.splits.left_out
     unread = [f"{len(left_out)} images cannot be read and are left out (splits.json lists them), such as {left_out[0].identity}: "
               f"{left_out[0].reason}"] if left_out else []  # fmt: skip

@@ -59,7 +59,7 @@ def train(
 
     where, path = devices.choose(device), Path(out)
     if resume and (path / "config.json").exists():
-        starting.refuse_other(Run.open(path), str(data), space=space, recipe=recipe, init=init)
+        starting.refuse_other(Run.open(path), str(data), space=space, recipe=recipe, init=init, overrides=overrides)
         begun = starting.resume(path, {**(overrides or {}), **({"epochs": epochs} if epochs is not None else {})})
     else:
         begun = starting.start(str(data), path, space=space, recipe=recipe, epochs=epochs, overrides=overrides,

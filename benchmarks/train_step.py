@@ -33,6 +33,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from supernet.arch import Arch
 from supernet.costs import arch_costs
+from supernet.device import keep_memory
 from supernet.losses import resized
 from supernet.model import Supernet
 from supernet.run import environment
@@ -318,6 +319,7 @@ def modelopt_row(device: str, quick: bool) -> dict[str, object] | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    keep_memory()  # as the command `train` does; for all that are compared
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--bf16", action="store_true", help="matrix work in bfloat16, in both")

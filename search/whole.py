@@ -88,7 +88,8 @@ class _Way:
         way = self.way
         if (way.out / "config.json").exists():
             begun = starting.resume(way.out)
-            starting.refuse_other(begun.run, way.data, space=way.space, recipe=way.recipe, init=way.init)
+            starting.refuse_other(begun.run, way.data, space=way.space, recipe=way.recipe, init=way.init,
+                                  overrides=way.overrides)  # fmt: skip
             starting.refuse_changes(
                 begun.run, {**(way.overrides or {}), **({"epochs": way.epochs} if way.epochs is not None else {})}
             )

@@ -19,14 +19,28 @@ class Board:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise InputError("--tensorboard needs TensorBoard: pip install 'nestling[tensorboard]'") from error
-        folder = run / "tensorboard"
-        shutil.rmtree(folder, ignore_errors=True)  # a run that went back would have two curves there
-        self._writer: Any = SummaryWriter(str(folder))
-        for line in durable.read_lines(run / "metrics.jsonl"):
-            self.add(line)
+        self.run = run
+        self._make: Any = SummaryWriter
+        self._writer: Any = None
+        self._step = 0
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Add a line of the log: learning_rate, gradient_norm, images_per_s, loss/ROLE, top1/ROLE, validation/ROLE."""
+        """Add what was just written to the log: learning_rate, gradient_norm, images_per_s, loss/ROLE, top1/ROLE, validation/ROLE.
+
+        At first, and when the run went back, all of the log is drawn anew: old curves would stay beside the new ones.
+        """
+        if self._writer is None or line["step"] <= self._step:
+            self.close()
+            folder = self.run / "tensorboard"
+            shutil.rmtree(folder, ignore_errors=True)
+            self._writer = self._make(str(folder))
+            for earlier in durable.read_lines(self.run / "metrics.jsonl"):
+                self._draw(earlier)
+        else:
+            self._draw(line)
+        self._step = line["step"]
+
+    def _draw(self, line: Mapping[str, Any]) -> None:
         flat = {name: line.get(name) for name in ("learning_rate", "gradient_norm", "images_per_s", "skipped")}
         for role, measured in line.get("children", {}).items():
             flat |= {f"{name}/{role}": value for name, value in measured.items()}
@@ -37,4 +51,5 @@ class Board:
 
     def close(self) -> None:
         """Write what is waiting to be written."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()

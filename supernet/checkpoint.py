@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor
 from supernet import durable
 from supernet.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,12 @@ def best(folder: Path) -> Path | None:
     return max(scored)[1] if scored else None
 
 
+def best_score(folder: Path) -> float:
+    """Score of the best checkpoint; minus infinity where none has one."""
+    path = best(folder)
+    return -math.inf if path is None else float(json.loads((path / "state.json").read_text())["score"])
+
+
 def step_of(path: Path) -> int:
     """The step that a checkpoint was written after."""
     return int(path.name.removeprefix("step-"))
@@ -165,9 +172,15 @@ def optimizer_groups(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    """Inverse of `optimizer_groups`, into an optimizer made the same way."""
+    """Inverse of `optimizer_groups`, into an optimizer made the same way, maybe on another device."""
     values: dict[int, dict[str, Any]] = {}
     for key, value in (*tensors.items(), *rest["others"].items()):
         parameter, name = key.split("/", 1)
         values.setdefault(int(parameter), {})[name] = value
-    optimizer.load_state_dict({"state": values, "param_groups": rest["groups"]})
+    own = [{name: group[name] for name in ("fused", "foreach") if name in group} for group in optimizer.param_groups]
+    groups = [{**group, **kernel} for group, kernel in zip(rest["groups"], own, strict=True)]
+    optimizer.load_state_dict({"state": values, "param_groups": groups})
+    for parameter, state in optimizer.state.items():  # files know no memory format, and fused kernels take one for all
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter.detach(), dtype=value.dtype).copy_(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -156,10 +157,9 @@ def train(
     from supernet.recipe import parse_overrides
 
     where, changes = devices.choose(device), parse_overrides(set_ or [])
-    if resume and (data or space or recipe or init or dry_run):
-        raise InputError(
-            "--resume continues the run as it was configured: leave out --data, --space, --recipe, --init and --dry-run"
-        )
+    if resume and (data or space or recipe or init or data_root or download or dry_run):
+        raise InputError("--resume continues the run as it was configured: leave out --data, --data-root, --download, --space, "
+                         "--recipe, --init and --dry-run")  # fmt: skip
     if not (resume or data):
         raise InputError("give the images with --data (a folder, an .npz file, or the name of a known set), or --resume")
 
@@ -169,6 +169,8 @@ def train(
         return starting.start(data, path, space=space, recipe=recipe, epochs=epochs, overrides=changes, root=data_root,
                               download=download, device=where, init=init)  # fmt: skip
 
+    if dry_run and int(os.environ.get("RANK", "0")):
+        return  # of several processes, one tells
     if dry_run:
         _rehearsed(out, begin, where, workers, as_json)
         return

@@ -61,17 +61,22 @@ def read_donor(space: Space, source: str) -> Donor:
 
 
 def _from_run(space: Space, path: Path) -> Donor:
-    newest = checkpoint.latest(path / "checkpoints")
-    if newest is None:
+    file, chosen = path / "config.json", checkpoint.latest(path / "checkpoints")
+    if chosen is None:
         raise InputError(f"{path} has no whole checkpoint to start from: train it first")
-    theirs = Space.from_definition(config.read(path / "config.json").get("space", {}), f"{path / 'config.json'}: space").family
+    asked = config.read(file)
+    theirs = Space.from_definition(asked.get("space", {}), f"{file}: space").family
     ours = space.family
     for what, one, other in (("family", theirs.config.family, ours.config.family), ("layout", theirs.layout, ours.layout)):
         if one != other:
             raise InputError(
                 f"{path} has the {what} {one}, the space {space.name} {other}: its weights mean something else there"
             )
-    return Donor(str(path), checkpoint.load(newest).tensors["weights"], nested=True)
+    recipe = asked.get("recipe")
+    if isinstance(recipe, dict) and recipe.get("use") == "best":
+        chosen = checkpoint.best(path / "checkpoints") or chosen
+    tensors = checkpoint.load(chosen).tensors
+    return Donor(str(path), tensors.get("ema", tensors["weights"]), nested=True)  # what its children are taken from
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

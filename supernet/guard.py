@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from supernet import durable
 
 LEARNT = 0.9
@@ -22,6 +24,10 @@ DOUBTFUL = 0.95
 """Fraction of it above which the weights of a run that had learnt are not saved."""
 LOST = 0.99
 """Fraction of it above which such a run has collapsed."""
+CAP = 2.0
+"""A step's loss counts for at most so many times that of guessing: one bad batch is no collapse."""
+SURE = 4.0
+"""Standard errors by which a mean has to lie below that of guessing, before a run counts as one that has learnt."""
 LATEST = 5
 """Steps whose mean says how the weights are right now."""
 RATE = 0.5
@@ -37,8 +43,10 @@ class Guard:
     most_skips: int
     recent: list[float] = field(default_factory=list)
     """Losses of the last `horizon` steps that were made."""
+    spread: float = 0.0
+    """Largest standard deviation of the losses of `horizon` steps so far."""
     lowest: float | None = None
-    """Of the means over `horizon` steps."""
+    """Of the means over `horizon` steps, each with `SURE` standard errors added."""
     skips_in_a_row: int = 0
     skipped: int = 0
     """Steps skipped since the run began."""
@@ -50,9 +58,11 @@ class Guard:
             self.skipped += 1
             return False
         self.skips_in_a_row = 0
-        self.recent = [*self.recent[-self.horizon + 1 :], loss] if self.horizon > 1 else [loss]
+        self.recent = [*self.recent, min(loss, CAP * self.chance)][-self.horizon :]
         if self.mean is not None:
-            self.lowest = self.mean if self.lowest is None else min(self.lowest, self.mean)
+            self.spread = max(self.spread, float(np.std(self.recent)))
+            surely = self.mean + SURE * self.spread / math.sqrt(self.horizon)
+            self.lowest = surely if self.lowest is None else min(self.lowest, surely)
         return True
 
     @property
@@ -84,7 +94,7 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        kept = ("recent", "lowest", "skips_in_a_row", "skipped")
+        kept = ("recent", "spread", "lowest", "skips_in_a_row", "skipped")
         return {name: value for name, value in asdict(self).items() if name in kept}
 
     def restore(self, state: dict[str, Any]) -> None:

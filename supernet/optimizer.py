@@ -19,18 +19,13 @@ def make_optimizer(supernet: Supernet, recipe: TrainConfig) -> torch.optim.Optim
     """Timm's optimizer of that name; no weight decay on biases and norms unless the recipe wants it (`decay_all`)."""
     fused: dict[str, Any] = {"fused": True} if recipe.optimizer in FUSED else {}
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        supernet, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, momentum=recipe.momentum,
-        filter_bias_and_bn=not recipe.decay_all, **fused,
+        supernet, opt=recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay or 1.0,  # 0 would make no groups
+        momentum=recipe.momentum, filter_bias_and_bn=not recipe.decay_all, **fused,
     )  # fmt: skip
-    return optimizer
-
-
-def set_rates(optimizer: torch.optim.Optimizer, rate: float, weight_decay: float) -> None:
-    """Learning rate of all groups, and the weight decay of those that have any."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
         if group["weight_decay"]:
-            group["weight_decay"] = weight_decay
+            group["weight_decay"] = recipe.weight_decay
+    return optimizer
 
 
 def limit_gradient(supernet: Supernet, recipe: TrainConfig) -> Tensor:

@@ -155,7 +155,7 @@ class TrainConfig(Config):
     r / children for SGD without weight decay."""
     sampling: Annotated[SamplingConfig, FROZEN] = SamplingConfig()
     optimizer: Annotated[str, AfterValidator(_optimizer), FROZEN] = "sgd"
-    learning_rate: Annotated[Number, Field(gt=0), MUTABLE]
+    learning_rate: Annotated[Number, Field(gt=0, le=1e30), MUTABLE]
     """Peak, for this batch size; nothing is rescaled."""
     momentum: Annotated[Rate, FROZEN] = 0.9
     weight_decay: Annotated[Size, MUTABLE] = 1e-4
@@ -165,9 +165,9 @@ class TrainConfig(Config):
     schedule: Annotated[Schedule, FROZEN] = "cosine"
     floor: Annotated[Fraction, MUTABLE] = 0.0
     """Lowest learning rate, as a fraction of the peak."""
-    clip_norm: Annotated[Annotated[Number, Field(gt=0)] | None, MUTABLE] = None
+    clip_norm: Annotated[Annotated[Number, Field(gt=0, le=1e6)] | None, MUTABLE] = None
     """Largest norm of the step's gradient."""
-    clip_value: Annotated[Annotated[Number, Field(gt=0)] | None, MUTABLE] = None
+    clip_value: Annotated[Annotated[Number, Field(gt=0, le=1e6)] | None, MUTABLE] = None
     """Largest absolute value of a number in the step's gradient (AttentiveNAS: 1)."""
     ema: Annotated[Annotated[Number, Field(gt=0, lt=1)] | None, FROZEN] = None
     """Decay of the moving average of the weights; children are then taken from the average. It is warmed up (timm's ModelEmaV3)."""
@@ -217,6 +217,10 @@ class TrainConfig(Config):
             raise ValueError(
                 f"batch_size ({self.batch_size}) must be a multiple of micro_batch ({self.micro_batch}): change one"
             )
+        if self.compile and not self.sandwich:
+            raise ValueError(
+                "compile is for the largest and the smallest child, which sandwich: false leaves out: leave out one of them"
+            )
         if self.batch_size % self.repeats:
             raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of repeats ({self.repeats}): change one")
         return self
@@ -234,10 +238,14 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> TrainC
     Raises `InputError` naming file, key and remedy.
     """
     path = config.find("train", name)
-    value = config.read(path)
-    for key, new in (overrides or {}).items():
+    return with_overrides(config.read(path), overrides or {}, str(path) if path.stem != name else f"recipe {name}")
+
+
+def with_overrides(value: dict[str, Any], overrides: Mapping[str, Any], what: str) -> TrainConfig:
+    """The recipe that `value` describes, `overrides` applied. Raises `InputError` that begins with `what`."""
+    for key, new in overrides.items():
         _set(value, key, new)
-    return config.parse(TrainConfig, value, str(path) if path.stem != name else f"recipe {name}")
+    return config.parse(TrainConfig, value, what)
 
 
 def parse_overrides(texts: list[str]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from supernet.run import Run
 from supernet.train import Progress, train
 
 STEPS = 8
+MEASURED = 8
+"""Images on which activations are measured; they grow with the images."""
 SECONDS = 30.0
 """Steps that are timed after the first one, which warms up; fewer where they take longer than this in all."""
 
@@ -80,9 +82,10 @@ def memory(run: Run, images: int, device: str = "cpu") -> dict[str, int]:
     supernet = Supernet(space).to(device)
     weights = sum(parameter.nbytes for parameter in supernet.parameters())
     at_once = recipe.micro_batch or images
-    pixels = torch.zeros(at_once, space.family.in_channels, space.largest_resolution, space.largest_resolution, device=device)
+    some = min(at_once, MEASURED)
+    pixels = torch.zeros(some, space.family.in_channels, space.largest_resolution, space.largest_resolution, device=device)
     child = supernet.child(space.largest, dropout=recipe.dropout, drop_path=recipe.drop_path)
-    activations = _saved_bytes(supernet, child, pixels, recipe.precision == "bf16")
+    activations = _saved_bytes(supernet, child, pixels, recipe.precision == "bf16") * at_once // some
     optimizer = make_optimizer(supernet, recipe)
     for parameter in supernet.parameters():
         parameter.grad = torch.zeros_like(parameter)

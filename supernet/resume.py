@@ -19,12 +19,10 @@ def change(run: Run, changes: Mapping[str, Any]) -> tuple[Run, tuple[str, ...]]:
     written, and where another process trains the run.
     """
     recipe = run.recipe.model_dump(mode="json")
-    made = []
-    for key, new in changes.items():
-        old = _replace(recipe, key, new)
-        if old != new:
-            made.append((key, old, new))
+    before = {key: _replace(recipe, key, new) for key, new in changes.items()}
     checked = config.parse(TrainConfig, recipe, f"recipe of {run.path}")
+    after = checked.model_dump(mode="json")  # as the recipe reads it: "1e-3" is 0.001
+    made = [(key, old, new) for key, old in before.items() if (new := _at(after, key)) != old]
     for key, old, new in made:
         _allow(run, key, old, new)
     if not made:
@@ -50,6 +48,13 @@ def _replace(recipe: dict[str, Any], key: str, new: Any) -> Any:
         raise InputError(f"{key}: unknown key{config.nearest(last, known) or f'; known are {known}'}")
     old, place[last] = place[last], new
     return old
+
+
+def _at(recipe: Mapping[str, Any], key: str) -> Any:
+    value: Any = recipe
+    for part in key.split("."):
+        value = value[part]
+    return value
 
 
 def _allow(run: Run, key: str, old: Any, new: Any) -> None:

@@ -222,10 +222,15 @@ class Run:
 
     def _chosen(self) -> Path:
         """The checkpoint that children are taken from."""
-        path = checkpoint.best(self.checkpoints) if self.recipe.use == "best" else None
-        path = path or checkpoint.latest(self.checkpoints)
+        path = checkpoint.latest(self.checkpoints)
         if path is None:
             raise InputError(f"{self.path} has no whole checkpoint yet: train it first (nestling train ... --resume)")
+        if self.recipe.use == "best":
+            path = checkpoint.best(self.checkpoints)
+            if path is None:
+                raise InputError(
+                    f"{self.path}: use is best, but no checkpoint was looked at: set validate_epochs above 0, or use=last"
+                )
         return path
 
 

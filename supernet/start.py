@@ -15,7 +15,7 @@ from supernet.distributed import World, processes
 from supernet.donor import named, read_donor
 from supernet.errors import InputError
 from supernet.model import Supernet
-from supernet.recipe import TrainConfig, load_recipe
+from supernet.recipe import FROZEN, TrainConfig, load_recipe, on_resume, with_overrides
 from supernet.resume import change
 from supernet.run import Run
 from supernet.space import Space, load_space
@@ -53,7 +53,7 @@ def start(
     if recipe is None and "epochs" not in given:
         config = config.model_copy(update={"epochs": defaults.epochs_for(made, _to_train(source), device, config.children)})
     check(made)
-    batch_size_of(_to_train(source), batch_size=config.batch_size, repeats=config.repeats, ranks=processes())
+    _refuse_uneven(source, config)
     donor = read_donor(made, init) if init else None
     taken = fill(Supernet(made), donor).told() if donor else []  # what does not fit is an error before anything is written
     run = Run.create(out, made, config, source, root=root, donor=donor)
@@ -111,14 +111,15 @@ def together(world: World, out: Path, begin: Callable[[], Start]) -> Start:
 
 
 def refuse_other(
-    run: Run, data: str, *, space: str | None = None, recipe: str | None = None, init: str | None = None
+    run: Run, data: str, *, space: str | None = None, recipe: str | None = None, init: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Raise `InputError` where a run that is taken up was begun with other data, space, recipe or weights than are asked for now."""
     same_data = run.data["name"] in {data, str(Path(data).expanduser().resolve())}
     same_space = (
         space is None or load_space(space, classes=len(run.classes), in_channels=run.data["channels"]).key == run.space.key
     )
-    same_recipe = recipe is None or load_recipe(recipe).name == run.recipe.name
+    same_recipe = recipe is None or _frozen(load_recipe(recipe, overrides)) == _frozen(run.recipe)
     same_init = init is None or (run.init or {}).get("source") == named(init)
     if not (same_data and same_space and same_recipe and same_init):
         raise InputError(f"{run.path} holds a run of other data, space, recipe or initial weights: choose another --out, or leave "
@@ -127,11 +128,17 @@ def refuse_other(
 
 def refuse_changes(run: Run, changes: Mapping[str, Any]) -> None:
     """Raise `InputError` where the recipe of a run differs from what is asked for now (dotted key -> value)."""
-    other = [key for key, value in changes.items() if _value(run.recipe, key) != value]
-    if other:
-        raise InputError(
-            f"{run.path} is continued as it was configured ({other[0]} is {_value(run.recipe, other[0])!r}): leave this out"
-        )
+    asked = with_overrides(run.recipe.model_dump(mode="json"), changes, f"recipe of {run.path}")
+    for key in changes:
+        if _value(asked, key) != _value(run.recipe, key):
+            raise InputError(
+                f"{run.path} is continued as it was configured ({key} is {_value(run.recipe, key)!r}): leave this out"
+            )
+
+
+def _frozen(recipe: TrainConfig) -> dict[str, Any]:
+    """What of a recipe stays as it was when a run is taken up."""
+    return {key: value for key, value in recipe.model_dump().items() if on_resume(key) is FROZEN}
 
 
 def _value(recipe: TrainConfig, key: str) -> Any:
@@ -145,6 +152,15 @@ def _value(recipe: TrainConfig, key: str) -> Any:
 def _to_train(source: Source) -> int:
     """How many images the train split will have (whatever the seed)."""
     return len(divide(source, seed=0).train)
+
+
+def _refuse_uneven(source: Source, recipe: TrainConfig) -> None:
+    """Batches of a small data set are smaller than the recipe's: refuse pieces that do not divide them before a run is made."""
+    batch = batch_size_of(_to_train(source), batch_size=recipe.batch_size, repeats=recipe.repeats, ranks=processes())
+    for name, size in (("bn_group", recipe.bn_group), ("micro_batch", recipe.micro_batch)):
+        if isinstance(size, int) and batch // processes() % size:
+            raise InputError(f"{name} ({size}) must divide the {batch // processes()} images of a step in each of {processes()} "
+                             f"processes ({batch} in all, of {_to_train(source)} to train): set it or batch_size")  # fmt: skip
 
 
 def _at_home_on(device: str, recipe: TrainConfig, asked: bool) -> TrainConfig:

@@ -69,7 +69,8 @@ class State:
             groups["ema"] = self.average.module.state_dict()
         state = {
             "space": self.run.space.key, "optimizer": rest, "finished": finished, "epochs": self.recipe.epochs,
-            "guard": self.guard.state(), "rollbacks": self.rollbacks, "micro_batch": self.micro_batch, "score": score,
+            "guard": self.guard.state(), "rollbacks": self.rollbacks, "micro_batch": self.micro_batch,
+            "micro_batch_asked": self.recipe.micro_batch, "score": score,
         }  # fmt: skip
         checkpoint.save(self.run.checkpoints, checkpoint.Checkpoint(self.step, groups, state), keep=self.recipe.keep)
 
@@ -86,7 +87,7 @@ class State:
             group["weight_decay"] = decay
         self.guard.restore(saved.state["guard"])
         self.rollbacks = saved.state.get("rollbacks", 0)
-        if self.recipe.micro_batch is None:
+        if self.recipe.micro_batch == saved.state["micro_batch_asked"]:
             self.micro_batch = saved.state["micro_batch"]
         self.step = saved.step
 

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -73,8 +73,16 @@ def train(
     world = world or World(device=device)
     largest = arch_costs(run.space, run.space.largest)["macs"]
     lock = durable.locked(run.path / "train.lock", f"the run {run.path}") if world.main else nullcontext()
-    with lock, torch.random.fork_rng(), fitting_threads(largest):
+    with lock, torch.random.fork_rng(devices=_own_gpu(world.device)), fitting_threads(largest):
         _Training(run, world, workers).go(progress or (lambda _: None))
+
+
+def _own_gpu(device: str) -> list[torch.device]:
+    """The GPU of this process: torch would by default touch all that it sees."""
+    where = torch.device(device)
+    if where.type != "cuda":
+        return []
+    return [where if device.partition(":")[2] else torch.device("cuda", torch.cuda.current_device())]
 
 
 class _Training:
@@ -87,6 +95,8 @@ class _Training:
         self.chance = run.chance_loss
         self.looks = Looks(run, world)
         self.gradient_norm = 0.0
+        self.best = -math.inf
+        """Highest score of a checkpoint; only the main process, which saves, knows it."""
         self.unreadable: set[str] = set()
         self.events: list[str] = []
         self._begin()
@@ -116,13 +126,16 @@ class _Training:
             last, look = state.step == self.steps, self.looks.due(state.step, self.steps, per_epoch)
             line = self._line(rate, children) if state.step % every == 0 or last or look else {}
             reason = state.guard.reason
+            score = self._look(line) if look and reason is None else None
+            self._write(line)  # before the checkpoint: what is beyond it is cut off when the run is taken up
             if reason is None:
-                score = self._look(line) if look else None
-                since = time.monotonic() - saved
+                since, better = time.monotonic() - saved, score is not None and score > self.best
                 due = since > SAVE_SECONDS or (state.step % per_epoch == 0 and since > SAVE_EPOCH_SECONDS)
-                if last or (due and state.guard.good):
+                if last or ((due or better) and state.guard.good):
                     reason, saved = self._save(last, score), time.monotonic()
-            self._write(line)
+                    self.best = max(self.best, -math.inf if score is None else score)
+            if last and reason is None and not state.guard.good:
+                self.events.append(f"step {state.step}: the run ends on steps that were skipped, or on the loss of guessing")
             if reason is not None:
                 self.events.append(self._back(reason))
             told, self.events = tuple(self.events), []
@@ -142,10 +155,7 @@ class _Training:
             schedule=recipe.schedule, floor=recipe.floor,
         )  # fmt: skip
         images, targets = self._images(batch)
-        crops, config = Resizer(images), self._config()
-        state.supernet.zero_grad()
-        children = self._children(images, targets, config, crops)
-        results = self._gradients(children, images, targets, config, crops)
+        results = self._gradients(images, targets)
         reduce_gradients(state.supernet, self.world)
         norm = limit_gradient(state.supernet, recipe)
         losses, scores, self.gradient_norm = self._numbers(results, norm)
@@ -186,7 +196,25 @@ class _Training:
             label_smoothing=recipe.label_smoothing, dropout=recipe.dropout, drop_path=recipe.drop_path,
             regularise_all=recipe.regularise == "all", mean=recipe.reduction == "mean", bf16=recipe.precision == "bf16",
             statistics=Statistics(group, recipe.bn_group == "sync" and self.world.size > 1), share=1 / self.world.size,
+            micro_batch=self.state.micro_batch,
         )  # fmt: skip
+
+    def _gradients(self, images: Tensor, targets: Tensor) -> list[ChildResult]:
+        """`train_step`; where memory does not suffice, the same step again in smaller pieces, and so from then on."""
+        crops, state = Resizer(images), self.state
+        while True:
+            state.supernet.zero_grad()
+            config = self._config()
+            key = [self.seed, state.step, self.world.rank, DROPOUT]
+            torch.manual_seed(int(np.random.default_rng(key).integers(2**63)))
+            try:
+                children = self._children(images, targets, config, crops)
+                return train_step(
+                    state.supernet, children, images, targets, self.run.task, config, crops=crops, child=self.child
+                )
+            except torch.OutOfMemoryError as error:
+                self._make_smaller(len(images), config, error)
+            torch.cuda.empty_cache()  # not above: there the error still holds the activations
 
     def _children(self, images: Tensor, targets: Tensor, config: StepConfig, crops: Resizer) -> list[tuple[str, Arch]]:
         """The children of the step; of several candidates, the one that the recipe's rule prefers on these images."""
@@ -201,24 +229,6 @@ class _Training:
                 arch = pick(candidates, losses.tolist(), self.recipe.sampling.rule)
             chosen.append((role, arch))
         return chosen
-
-    def _gradients(
-        self, children: list[tuple[str, Arch]], images: Tensor, targets: Tensor, config: StepConfig, crops: Resizer
-    ) -> list[ChildResult]:  # fmt: skip
-        """`train_step`; where memory does not suffice, the same step again in smaller pieces, and so from then on."""
-        while True:
-            key = [self.seed, self.state.step, self.world.rank, DROPOUT]
-            torch.manual_seed(int(np.random.default_rng(key).integers(2**63)))
-            try:
-                return train_step(
-                    self.state.supernet, children, images, targets, self.run.task,
-                    replace(config, micro_batch=self.state.micro_batch),
-                    crops=crops, child=self.child,
-                )  # fmt: skip
-            except torch.OutOfMemoryError as error:
-                self._make_smaller(len(images), config, error)
-            self.state.supernet.zero_grad()  # not above: there the error still holds the activations
-            torch.cuda.empty_cache()
 
     def _make_smaller(self, images: int, config: StepConfig, error: Exception) -> None:
         now, group = self.state.micro_batch or images, config.statistics.group or 1
@@ -304,6 +314,7 @@ class _Training:
         self.state.rollbacks = back
         if self.world.main:
             cut_log(run, self.state.step)
+            self.best = checkpoint.best_score(run.checkpoints)
         self.world.barrier()
 
     def _batches(self) -> TrainingBatches:
@@ -322,9 +333,11 @@ class _Training:
         """
         gone, at = self.rollbacks.all(), self.state.step
         if len(gone) >= self.recipe.guard.rollbacks:
+            kept = checkpoint.latest(self.run.checkpoints)
+            left = f"the last good checkpoint is {kept}" if kept is not None else "there is no checkpoint yet"
             raise InputError(
-                f"step {at}: {reason}, after {len(gone)} rollbacks: lower learning_rate (now {self.recipe.learning_rate:g}) or set "
-                f"clip_norm, raise guard.rollbacks, and resume; the checkpoints in {self.run.checkpoints} are good"
+                f"step {at}: {reason}, after {len(gone)} rollbacks: lower learning_rate (now {self.recipe.learning_rate:g}, times "
+                f"{self.rate:g} for the rollbacks) or set clip_norm, raise guard.rollbacks, and resume; {left}"
             )
         self.world.barrier()
         if self.world.main:

@@ -92,8 +92,12 @@ def readable_splits(source: Source, *, seed: int, skip_unreadable: float = 0.0, 
     if len(source) <= MOST_CHECKED:
         return divide(source, seed=seed, left_out=within_limit(source, flaws(source), skip_unreadable))
     splits = divide(source, seed=seed)
-    checked = np.concatenate([splits.search_val, splits.confirm, splits.test, splits.train[:calibration]])
-    splits = splits.without(within_limit(source, flaws(source, checked), skip_unreadable))
+    checked = unchecked = np.concatenate([splits.search_val, splits.confirm, splits.test, splits.train[:calibration]])
+    while len(unchecked):
+        found = (*splits.left_out, *flaws(source, unchecked))
+        splits = splits.without(within_limit(source, found, skip_unreadable))
+        unchecked = np.setdiff1d(splits.train[:calibration], checked)  # those that moved up
+        checked = np.concatenate([checked, unchecked])
     for name in NAMES:
         _every_class(source, getattr(splits, name), name)
     return splits

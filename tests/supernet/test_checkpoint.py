@@ -261,8 +261,8 @@ def test_another_format_and_another_step_are_named(tmp_path: Path) -> None:
     other = path.rename(tmp_path / "step-000000009")
     assert verify(other) == "its manifest is of step 1"
     manifest = json.loads((other / "manifest.json").read_text())
-    durable.write_json(other / "manifest.json", {**manifest, "format": 2})
-    assert verify(other) == "it has format 2, this version reads 1"
+    durable.write_json(other / "manifest.json", {**manifest, "format": 1})
+    assert verify(other) == "it has format 1, this version reads 2"
 
 
 def test_what_is_not_there_is_no_checkpoint(tmp_path: Path) -> None:

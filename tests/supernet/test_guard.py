@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -76,6 +77,25 @@ def test_a_spike_of_a_few_steps_is_no_collapse(spikes: int) -> None:
     for _ in range(spikes):
         found.watch(CHANCE, 1.0)
     assert found.reason is None
+
+
+def test_one_batch_of_any_loss_is_no_collapse() -> None:
+    found = after([0.3] * 200, horizon=200)
+    found.watch(1e30, 1.0)
+    assert found.reason is None
+
+
+def test_noise_about_chance_is_not_taken_for_learning(rng: np.random.Generator) -> None:
+    """Rare classes and small batches: the mean of a few batches is often well below that of guessing, and comes back."""
+    found = Guard(0.2, 20, 3)
+    for loss in rng.choice([0.05, 0.5], size=3000, p=[2 / 3, 1 / 3]):
+        found.watch(float(loss), 1.0)
+        assert found.reason is None
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(5)
 
 
 def test_what_is_doubtful_is_not_saved_long_before_it_is_lost() -> None:

@@ -341,13 +341,21 @@ def test_a_run_is_taken_up_by_what_began_it_and_by_nothing_else(tmp_path: Path) 
     begun = start("digits", tmp_path / "run", epochs=2, overrides={"augment.rotate_degrees": 3}).run
     own = tmp_path / "own.yaml"
     own.write_text((config.configs_folder() / "spaces" / "digits.yaml").read_text())
-    for options in ({}, {"space": str(own)}, {"recipe": "digits"}, {"space": "digits"}):
+    same = {"augment.rotate_degrees": 3}
+    for options in ({}, {"space": str(own)}, {"recipe": "digits", "overrides": same}, {"space": "digits"}):
         refuse_other(begun, "digits", **options)
-    for data, options in (("mnist", {}), ("digits", {"space": "attentivenas"}), ("digits", {"recipe": "cifar"})):
+    for data, options in (
+        ("mnist", {}),
+        ("digits", {"space": "attentivenas"}),
+        ("digits", {"recipe": "cifar"}),
+        ("digits", {"recipe": "digits"}),
+    ):
         with pytest.raises(InputError, match="leave"):
             refuse_other(begun, data, **options)
-    for changes in ({}, {"epochs": 2}, {"augment.rotate_degrees": 3}):
+    for changes in ({}, {"epochs": 2}, same, {"learning_rate": "1e-1"}):
         refuse_changes(begun, changes)
-    for changes in ({"epochs": 3}, {"augment.rotate_degrees": 4}, {"no.such.key": 1}):
-        with pytest.raises(InputError, match="leave"):
+    for changes in ({"epochs": 3}, {"augment.rotate_degrees": 4}):
+        with pytest.raises(InputError, match="leave this out"):
             refuse_changes(begun, changes)
+    with pytest.raises(InputError, match="no: unknown key"):
+        refuse_changes(begun, {"no.such.key": 1})

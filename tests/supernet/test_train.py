@@ -347,7 +347,7 @@ def test_a_second_trainer_of_the_same_run_is_refused_and_the_first_goes_on(run: 
 @pytest.mark.usefixtures("saving_always")
 def test_a_rate_that_no_rollback_can_save_ends_the_run_and_the_checkpoints_stay_good(another: Callable[..., Run]) -> None:
     run = another("diverging", learning_rate=1e25, clip_norm=None, guard=GuardConfig(skips=2, rollbacks=2), validate_epochs=0)
-    said = r"after 2 rollbacks: lower learning_rate \(now 1e\+25\) or set clip_norm, raise guard.rollbacks, and resume"
+    said = r"after 2 rollbacks: lower learning_rate \(now 1e\+25, times 0.25 for the rollbacks\) or set clip_norm, raise guard"
     with pytest.raises(InputError, match=said):
         train(run)
     assert len((run.path / "rollbacks.jsonl").read_text().splitlines()) == 2

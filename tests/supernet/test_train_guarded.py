@@ -14,7 +14,9 @@ from supernet import checkpoint
 from supernet import train as training
 from supernet.data.sources import Source, open_source
 from supernet.errors import InputError
-from supernet.recipe import GuardConfig, SamplingConfig, TrainConfig
+from supernet.model import Supernet
+from supernet.optimizer import make_optimizer
+from supernet.recipe import GuardConfig, SamplingConfig, TrainConfig, load_recipe
 from supernet.recipe import MixConfig as Mixing
 from supernet.resume import change
 from supernet.run import Run
@@ -182,7 +184,7 @@ def test_rollbacks_are_bounded_and_the_error_says_what_to_do(another: Callable[.
     step_by_step(lambda call, supernet: spoil(supernet))
     run = another(guard=GuardConfig(skips=1, rollbacks=2))
     with pytest.raises(InputError, match=r"step 1: the loss or the gradient of 1 steps in a row was not finite, after 2 rollbacks: "
-                                         r"lower learning_rate \(now 0.1\)") as raised:  # fmt: skip
+                                         r"lower learning_rate \(now 0.1, times 0.25 for the rollbacks\)") as raised:  # fmt: skip
         train(run)
     assert "\n" not in str(raised.value)
     assert not run.finished
@@ -363,3 +365,116 @@ def test_pieces_that_do_not_divide_a_small_set_are_an_error(another: Callable[..
         InputError, match=r"the \d+ images of a step in each of 1 processes must be a multiple of bn_group \(16\)"
     ):
         train(run)
+
+
+def test_the_best_is_kept_whatever_the_clock_says(another: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No checkpoint is due for its time; the best look makes one."""
+    scores = iter([0.9, 0.4, 0.95, 0.3])
+    monkeypatch.setattr(
+        "supernet.validate.Looks.look", lambda self, supernet: dict.fromkeys(("largest", "smallest"), next(scores))
+    )
+    run = another(epochs=4, validate_epochs=1)
+    train(run)
+    assert [checkpoint.step_of(path) for path in checkpoint.all_of(run.checkpoints)] == [12, 16]
+    best = checkpoint.best(run.checkpoints)
+    assert best is not None
+    assert checkpoint.step_of(best) == 12
+
+
+def test_the_best_of_a_run_without_looks_is_an_error(another: Callable[..., Run]) -> None:
+    run = another(validate_epochs=0, use="best")
+    train(run)
+    with pytest.raises(
+        InputError, match="use is best, but no checkpoint was looked at: set validate_epochs above 0, or use=last"
+    ):
+        run.supernet()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+def test_restored_optimizers_have_the_layout_of_their_parameters(tiny: dict[str, Any], optimizer: str, tmp_path: Path) -> None:
+    """Files know no memory format; kernels that take one for all would read it wrongly in silence."""
+    space = Space.from_definition({**tiny, "in_channels": 3})
+    recipe = load_recipe("digits", {"optimizer": optimizer, "learning_rate": 0.01})
+
+    def made() -> tuple[Supernet, torch.optim.Optimizer]:
+        supernet = Supernet(space).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return supernet, make_optimizer(supernet, recipe)
+
+    def step(supernet: Supernet, optimizer: torch.optim.Optimizer) -> None:
+        for number, parameter in enumerate(supernet.parameters()):
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+            parameter.grad = noise.contiguous(memory_format=torch.channels_last) if noise.ndim == 4 else noise
+        optimizer.step()
+
+    supernet, straight = made()
+    step(supernet, straight)
+    tensors, rest = checkpoint.optimizer_groups(straight)
+    saved = checkpoint.Checkpoint(1, {"weights": supernet.state_dict(), "optimizer": tensors}, {"optimizer": rest})
+    loaded = checkpoint.load(checkpoint.save(tmp_path, saved))
+    again, resumed = made()
+    again.load_state_dict(loaded.tensors["weights"])
+    checkpoint.restore_optimizer(resumed, loaded.tensors["optimizer"], loaded.state["optimizer"])
+    step(supernet, straight)
+    step(again, resumed)
+    assert_same(dict(again.state_dict()), dict(supernet.state_dict()))
+    for parameter, state in resumed.state.items():
+        for value in state.values():
+            assert not isinstance(value, torch.Tensor) or value.shape != parameter.shape or value.stride() == parameter.stride()
+
+
+def test_what_memory_taught_survives_a_resume_until_somebody_asks_for_something_else(
+    another: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = another(batch_size=8, bn_group=2)
+    make, sizes, most = training.train_step, [], [4]
+
+    def hungry(supernet: Any, children: Any, images: Any, targets: Any, task: Any, config: Any, **options: Any) -> Any:
+        if (config.micro_batch or len(images)) > most[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(config.micro_batch)
+        return make(supernet, children, images, targets, task, config, **options)
+
+    monkeypatch.setattr(training, "train_step", hungry)
+    train(run)
+    assert set(sizes) == {4}
+    most[0], sizes[:] = 8, []
+    longer, _ = change(run, {"epochs": 3})
+    train(longer)
+    assert set(sizes) == {4}
+    sizes.clear()
+    whole, told = change(longer, {"epochs": 4, "micro_batch": 8})
+    assert told[1] == "micro_batch: None until now, 8 from step 12"
+    train(whole)
+    assert set(sizes) == {8}
+
+
+def test_candidates_that_do_not_fit_make_the_pieces_smaller_too(
+    another: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = another(batch_size=8, bn_group=2, sampling=SamplingConfig(rule="best_up", bins=4))
+    make, sizes = training.losses_without_gradients, []
+
+    def hungry(supernet: Any, archs: Any, images: Any, targets: Any, task: Any, config: Any, crops: Any) -> Any:
+        if (config.micro_batch or len(images)) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(config.micro_batch)
+        return make(supernet, archs, images, targets, task, config, crops)
+
+    monkeypatch.setattr(training, "losses_without_gradients", hungry)
+    assert events_of(run) == ["step 1: out of memory; from here 4 images go through at once"]
+    assert set(sizes) == {4}
+
+
+def test_a_run_that_ends_on_skipped_steps_says_so(another: Callable[..., Run], step_by_step: Any) -> None:
+    step_by_step(lambda call, supernet: spoil(supernet) if call > 4 else None)
+    run = another(guard=GuardConfig(skips=100), validate_epochs=0)
+    assert events_of(run)[-1] == "step 8: the run ends on steps that were skipped, or on the loss of guessing"
+
+
+def test_weight_decay_may_be_switched_off_and_on(another: Callable[..., Run]) -> None:
+    run = another()
+    train(run)
+    for epochs, decay in ((3, 0.0), (4, 0.1)):
+        run, _ = change(run, {"epochs": epochs, "weight_decay": decay})
+        train(run)
+        assert {group["weight_decay"] for group in state_of(run)["optimizer"]["groups"]} == {0.0, decay}

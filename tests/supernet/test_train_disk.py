@@ -290,10 +290,10 @@ def test_a_checkpoint_of_another_space_is_refused(stopped: Path, nestle: Nestle)
 def test_checkpoints_of_another_format_are_refused_with_the_reason(stopped: Path, nestle: Nestle) -> None:
     for path in checkpoint.all_of(stopped / "checkpoints"):
         manifest = json.loads((path / "manifest.json").read_text())
-        (path / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
+        (path / "manifest.json").write_text(json.dumps({**manifest, "format": checkpoint.FORMAT - 1}))
     code, said = nestle("--out", str(stopped), "--resume")
     assert code == 2
-    assert "it has format 2, this version reads 1" in error_in(said)
+    assert f"it has format {checkpoint.FORMAT - 1}, this version reads {checkpoint.FORMAT}" in error_in(said)
 
 
 # --- damaged logs ---

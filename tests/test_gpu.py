@@ -354,6 +354,7 @@ def test_the_script_names_its_checks_and_takes_their_names(script: ModuleType, c
     assert "views" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_check_that_fails_or_lacks_something_or_takes_too_long_stops_no_other(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

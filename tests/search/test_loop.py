@@ -340,7 +340,9 @@ def few_archs(easy_npz: Path, small_space: Callable[..., Space], tmp_path: Path)
         run = Run.create(tmp_path / "few", space, recipe, open_source(str(easy_npz)))
         checkpoint.save(
             run.checkpoints,
-            checkpoint.Checkpoint(1, {"weights": Supernet(space).state_dict()}, {"space": space.key, "finished": True, "epochs": recipe.epochs}),
+            checkpoint.Checkpoint(
+                1, {"weights": Supernet(space).state_dict()}, {"space": space.key, "finished": True, "epochs": recipe.epochs}
+            ),
         )
         return run
 

@@ -89,6 +89,7 @@ def test_ends_compiled_by_inductor_have_the_gradients_of_ordinary_children(super
     check_gradients(supernet, "inductor")
 
 
+@pytest.mark.slow
 def test_two_hundred_random_children_compile_nothing_beyond_the_ends(supernet: Supernet) -> None:
     space, backend, rng = supernet.space, Counting(), np.random.default_rng(4)
     compiled = CompiledChildren(supernet, backend=backend)
@@ -102,6 +103,7 @@ def test_two_hundred_random_children_compile_nothing_beyond_the_ends(supernet: S
     assert backend.graphs == 2
 
 
+@pytest.mark.slow
 def test_a_step_with_compiled_ends_is_the_step(supernet: Supernet) -> None:
     space, backend, found = supernet.space, Counting(), []
     for child in (None, CompiledChildren(supernet, backend=backend)):

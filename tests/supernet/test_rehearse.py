@@ -98,6 +98,7 @@ def test_without_tensorboard_the_error_says_what_to_install(run: Run, monkeypatc
     assert not (run.path / "tensorboard").exists()
 
 
+@pytest.mark.slow
 def test_a_rehearsal_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearsing, "STEPS", 1)
     from typer.testing import CliRunner

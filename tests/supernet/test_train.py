@@ -229,6 +229,7 @@ def test_a_finished_run_is_left_as_it_is(run: Run, whole: dict[str, bytes]) -> N
     assert learnt(run) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("saving_always")
 def test_another_optimizer_resumes_bit_equal_too(another: Callable[..., Run]) -> None:
     changes = {"optimizer": "adamw", "learning_rate": 0.01, "channels_last": False, "schedule": "exponential"}
@@ -240,6 +241,7 @@ def test_another_optimizer_resumes_bit_equal_too(another: Callable[..., Run]) ->
     assert learnt(broken) == learnt(straight)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("saving_always")
 def test_a_bf16_run_resumes_bit_equal(another: Callable[..., Run]) -> None:
     straight, broken = another("straight", precision="bf16"), another("broken", precision="bf16")
@@ -475,6 +477,7 @@ def test_two_checkpoints_are_kept(another: Callable[..., Run]) -> None:
     assert all(checkpoint.verify(path) is None for path in checkpoint.all_of(run.checkpoints))
 
 
+@pytest.mark.slow
 def test_training_learns_to_tell_bright_images_from_dark_ones(another: Callable[..., Run]) -> None:
     run = another("long", epochs=12)
     train(run)

@@ -24,6 +24,8 @@ from supernet import train as training
 from supernet.errors import InputError
 from supernet.run import Run
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8  # two epochs of four steps
 RECIPE = {"batch_size": 9, "calibration_images": 36, "dropout": 0.2, "drop_path": 0.2, "ema": 0.9, "validate_epochs": 1}
 

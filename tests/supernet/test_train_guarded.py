@@ -142,6 +142,7 @@ def test_a_run_of_bad_steps_goes_back_lowers_the_rate_and_draws_anew(another: Ca
     assert run.finished
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("saving_always")
 def test_a_run_that_went_back_resumes_as_one_that_was_not_interrupted(another: Callable[..., Run], step_by_step: Any) -> None:
     """Killed after the rollback and before anything is saved: what is left is the old checkpoint and the record."""
@@ -161,6 +162,7 @@ def test_a_run_that_went_back_resumes_as_one_that_was_not_interrupted(another: C
     assert_same(weights_of(broken), weights_of(straight))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("saving_always")
 def test_a_checkpoint_that_leads_astray_twice_gives_way_to_an_older_one(another: Callable[..., Run], step_by_step: Any) -> None:
     step_by_step(lambda call, supernet: spoil(supernet) if 5 <= call <= 8 else None)
@@ -193,6 +195,7 @@ def test_rollbacks_are_bounded_and_the_error_says_what_to_do(another: Callable[.
 # --- collapse ---
 
 
+@pytest.mark.slow
 def test_a_supernet_that_collapses_in_mid_training_is_taken_back(
     another: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,6 +262,7 @@ def test_a_step_that_never_fits_says_so(another: Callable[..., Run], monkeypatch
 # --- average, best, mixing, candidates ---
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("saving_always")
 def test_children_are_taken_from_the_moving_average_and_it_survives_a_resume(another: Callable[..., Run]) -> None:
     straight, broken = another("straight", ema=0.9), another("broken", ema=0.9)
@@ -315,6 +319,7 @@ def test_looks_are_in_the_log_and_change_nothing(another: Callable[..., Run]) ->
     assert "validation" not in (blind.path / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change_",
     [
@@ -422,6 +427,7 @@ def test_restored_optimizers_have_the_layout_of_their_parameters(tiny: dict[str,
             assert not isinstance(value, torch.Tensor) or value.shape != parameter.shape or value.stride() == parameter.stride()
 
 
+@pytest.mark.slow
 def test_what_memory_taught_survives_a_resume_until_somebody_asks_for_something_else(
     another: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -471,6 +477,7 @@ def test_a_run_that_ends_on_skipped_steps_says_so(another: Callable[..., Run], s
     assert events_of(run)[-1] == "step 8: the run ends on steps that were skipped, or on the loss of guessing"
 
 
+@pytest.mark.slow
 def test_weight_decay_may_be_switched_off_and_on(another: Callable[..., Run]) -> None:
     run = another()
     train(run)

@@ -209,10 +209,11 @@ def _rehearsed(out: Path, begin: Callable[[Path], Start], device: str, workers: 
     if as_json:
         print_json(found.as_dict())
         return
-    held = ", ".join(f"{name} {size / 2**20:,.3g}" for name, size in found.memory_bytes.items() if size)
-    print(f"memory: about {sum(found.memory_bytes.values()) / 2**20:,.3g} MiB ({held})")
+    held = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in found.memory_bytes.items() if size)
+    print(f"memory: about {sum(found.memory_bytes.values()) / 2**20:,.1f} MiB ({held})")
     print(
-        f"work: {found.macs_per_step:.3g} multiply-accumulates a step of {found.images_per_step} images, {found.steps:,} steps"
+        f"work: {found.macs_per_step / 1e6:,.4g} million multiply-accumulates a step of {found.images_per_step} images, "
+        f"{found.steps:,} steps"
     )
     speed = found.images_per_step / found.seconds_per_step
     print(
@@ -233,10 +234,14 @@ def train_shown(
     run: Run, device: str, workers: int, display: Display, *, world: World | None = None, tensorboard: bool = False
 ) -> None:  # fmt: skip
     """Train with a progress line: images/s, time left, how the largest and the smallest child do."""
+    from supernet import checkpoint
     from supernet.board import Board
     from supernet.train import Progress
     from supernet.train import train as train_run
 
+    if run.finished:
+        display.say(f"{run.path} has all of its {run.recipe.epochs} epochs; more of them (--epochs) make it longer")
+        return
     board = Board(run.path) if tensorboard and (world is None or world.main) else None
     show = run.task.show
     with display.stage("train") as stage:
@@ -259,6 +264,11 @@ def train_shown(
 
         try:
             train_run(run, device=device, workers=workers, progress=progress, world=world)
+        except KeyboardInterrupt:
+            newest = checkpoint.latest(run.checkpoints)
+            kept = f"its newest checkpoint is of step {checkpoint.step_of(newest)}" if newest else "it has no checkpoint yet"
+            display.say(f"interrupted: {kept}; nestling train --resume --out {run.path} goes on from there")
+            raise typer.Exit(130) from None
         finally:
             if board is not None:
                 board.close()

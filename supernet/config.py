@@ -36,6 +36,10 @@ Number = Annotated[float, BeforeValidator(_no_truth_value), Field(allow_inf_nan=
 """A finite number, also one that YAML 1.1 takes for text (1e-5)."""
 
 
+CALLED = {"train": "recipes", "search": "search settings"}
+"""What people call the configurations of a folder."""
+
+
 def configs_folder() -> Path:
     """Where the configurations lie: inside the installed package, or at the top of a checkout."""
     installed = Path(__file__).parent / "configs"
@@ -59,7 +63,8 @@ def find(kind: str, name: str) -> Path:
     if path.suffix in {".yaml", ".yml", ".json"} and is_file(path):
         return path
     raise InputError(
-        f"{kind} are named {', '.join(names(kind))} or are the path of a YAML file, but got {name!r}{nearest(name, names(kind))}"
+        f"{CALLED.get(kind, kind)} are named {', '.join(names(kind))} or are the path of a YAML file, "
+        f"but got {name!r}{nearest(name, names(kind))}"
     )
 
 

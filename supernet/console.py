@@ -22,7 +22,8 @@ class Display:
         if not self.console.is_terminal:
             self.console.width = 120  # a pipe has no width
         columns = (
-            TextColumn("[bold]{task.description:<8}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("[bold]{task.description:<8}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TextColumn("took"), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
         )  # fmt: skip
         self._progress = Progress(*columns, console=self.console)
@@ -65,7 +66,7 @@ def print_json(value: Any) -> None:
 
 def print_table(rows: Sequence[Mapping[str, object]], title: str = "") -> None:
     """Print rows as a table, on standard output; columns in the order of their first appearance."""
-    table = Table(title=escape(title) or None, title_justify="left")
+    table = Table()
     columns = list(dict.fromkeys(column for row in rows for column in row))
     for column in columns:
         numeric = all(isinstance(row.get(column, 0), int | float) for row in rows)
@@ -75,6 +76,8 @@ def print_table(rows: Sequence[Mapping[str, object]], title: str = "") -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 200  # a pipe has no width: do not break lines
+    if title:
+        console.print(f"[italic]{escape(title)}[/]", soft_wrap=True)  # a table's own title breaks at its width
     console.print(table)
 
 

@@ -173,8 +173,10 @@ def _at_home_on(device: str, recipe: TrainConfig, asked: bool) -> TrainConfig:
 def _told(run: Run, why: str) -> list[str]:
     source, recipe, train = run.source, run.recipe, len(run.dataset.splits.train)
     classifies = run.task.name == "classification"
-    macs = defaults.training_macs(run.space, recipe.children) * train * recipe.epochs
     batch = batch_size_of(train, batch_size=recipe.batch_size, repeats=recipe.repeats, ranks=processes())
+    macs = defaults.training_macs(run.space, recipe.children) * (train // batch * batch) * recipe.epochs
+    fewer = [f"a step has {batch} images, not the recipe's {recipe.batch_size}: there are {train} to train on; learning_rate "
+             f"{recipe.learning_rate:g} is meant for {recipe.batch_size}"] if batch != recipe.batch_size else []  # fmt: skip
     left_out = run.dataset.splits.left_out
     unread = [f"{len(left_out)} images cannot be read and are left out (splits.json lists them), such as {left_out[0].identity}: "
               f"{left_out[0].reason}"] if left_out else []  # fmt: skip
@@ -183,6 +185,7 @@ def _told(run: Run, why: str) -> list[str]:
         f"about {source.image_size} px",
         *unread,
         f"space {run.space.name}: {why}" + ("" if classifies else f"; it learns {run.task.name}, measured by {run.task.title}"),
+        *fewer,
         f"recipe {recipe.name}: {recipe.epochs} epochs in batches of {batch}, {macs:.2g} multiply-accumulates in all",
         "(--space, --recipe, --epochs and --set change this)",
     ]

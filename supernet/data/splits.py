@@ -200,7 +200,12 @@ def _every_class(source: Source, indices: Indices, split: str) -> None:
     missing = np.flatnonzero(np.bincount(source.labels[indices], minlength=len(source.classes)) == 0)
     if missing.size:
         name = source.classes[missing[0]]
+        val = (
+            " (its val part, for there is no test part)"
+            if split == "test" and "test" not in source.parts and "val" in source.parts
+            else ""
+        )
         raise InputError(
-            f"class {name!r} of {source.name} has 0 images for {split}, and at least 1 is needed: "
+            f"class {name!r} of {source.name} has 0 images for {split}{val}, and at least 1 is needed: "
             "add images, or leave the class out"
         )

@@ -115,7 +115,8 @@ def test_what_a_recipe_cannot_say_is_named_with_the_remedy(overrides: dict[str, 
 
 def test_an_unknown_recipe_lists_what_there_is() -> None:
     with pytest.raises(
-        InputError, match=f"train are named {', '.join(config.names('train'))} or are the path of a YAML file, but got 'cifra'"
+        InputError,
+        match=f"recipes are named {', '.join(config.names('train'))} or are the path of a YAML file, but got 'cifra'",
     ):
         load_recipe("cifra")
 

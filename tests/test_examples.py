@@ -37,12 +37,20 @@ def test_a_family_of_ones_own_passes_the_conformance_suite_outside_this_project(
     assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 60
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+SCRIPTS = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if "__main__" in path.read_text()]
+MINUTES = {"gpu_check": ["--device", "cpu"], "quality_cifar": [], "train_step": []}
+"""Benchmarks that are run by hand, and their options."""
+
+
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(path, marks=pytest.mark.nightly if path.stem in MINUTES else pytest.mark.slow) for path in SCRIPTS],
+    ids=lambda path: path.stem,
+)
 def test_the_benchmark_ends_with_a_line_of_json(script: Path) -> None:
     import json
 
-    command = [sys.executable, str(script), "--quick"]
+    command = [sys.executable, str(script), "--quick", *MINUTES.get(script.stem, [])]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
     )

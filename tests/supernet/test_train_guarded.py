@@ -485,3 +485,23 @@ def test_weight_decay_may_be_switched_off_and_on(another: Callable[..., Run]) ->
         run, _ = change(run, {"epochs": epochs, "weight_decay": decay})
         train(run)
         assert {group["weight_decay"] for group in state_of(run)["optimizer"]["groups"]} == {0.0, decay}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "adam", "momentum"])
+def test_a_parameter_that_is_touched_later_than_others_is_stepped_as_if_alone(tiny_space: Space, name: str) -> None:
+    """Children touch different weights; torch's one-kernel SGD fails on such a mixture by itself."""
+    recipe = load_recipe("digits", {"optimizer": name, "learning_rate": 0.01})
+    supernet = Supernet(tiny_space)
+    optimizer = make_optimizer(supernet, recipe)
+    first, second = [p for p in supernet.parameters() if p.ndim == 4][:2]
+    alone = second.detach().clone().requires_grad_()
+    group = next(group for group in optimizer.param_groups if any(p is second for p in group["params"]))
+    kept = {"lr", "momentum", "weight_decay", "nesterov", "betas", "eps"}
+    single = type(optimizer)([alone], **{key: value for key, value in group.items() if key in kept})
+    first.grad = torch.ones_like(first)
+    optimizer.step()
+    for _ in range(2):
+        second.grad, alone.grad = torch.ones_like(second), torch.ones_like(alone)
+        optimizer.step()
+        single.step()
+    torch.testing.assert_close(second.detach(), alone.detach())

@@ -79,7 +79,7 @@ def test_a_run_killed_twenty_times_is_bit_equal_to_one_that_was_not(processes: A
     for kill in range(KILLS):
         process = processes.Process(target=work, args=(str(killed.path),))
         process.start()
-        _wait_until_it_goes_on(killed, process, steps[-1])
+        _wait_until_it_goes_on(killed, process, steps[-1] + moments.randrange(4))
         deadline = time.monotonic() + 5
         if kill % 2:
             while not saving(killed) and process.is_alive() and time.monotonic() < deadline:

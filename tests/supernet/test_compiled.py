@@ -84,7 +84,7 @@ def test_compiled_ends_have_the_gradients_of_ordinary_children(supernet: Superne
     check_gradients(supernet, "aot_eager")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ends_compiled_by_inductor_have_the_gradients_of_ordinary_children(supernet: Supernet) -> None:
     check_gradients(supernet, "inductor")
 

@@ -421,8 +421,7 @@ def check_that_evaluation_is_that_of_one_process(together: list[Tensors], path: 
     assert tracked and all(value == 7 for value in tracked)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.nightly)])
 def test_several_processes_do_what_one_does(
     size: int, tmp_path: Path, save_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

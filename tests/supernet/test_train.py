@@ -299,7 +299,7 @@ def assert_refused_meanwhile(process: subprocess.Popen[str], out: Path) -> None:
     assert f"is in use by another process (pid {process.pid}): wait for it or stop it" in message
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_killed_in_mid_epoch_again_and_again_ends_like_one_that_was_not(
     tmp_path: Path, tiny: dict[str, Any], save_images: Callable[..., Path]
 ) -> None:

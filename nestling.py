@@ -25,7 +25,9 @@ from supernet.commands import Data, Device, Download, Epochs, Init, Json, Out, R
 
 if TYPE_CHECKING:
     from deploy.bundle import Bundle
+    from deploy.targets import Target
     from search.found import Child, Found
+    from search.objective import Objective
     from search.whole import Whole
     from supernet.run import Run
 
@@ -83,16 +85,27 @@ def open_bundle(path: str | Path) -> Bundle:
 
 
 def search(
-    run: Run, budgets: str | Sequence[str] = (), *, threads: int = 1, device: str = "auto", settings: str = "default"
-) -> Found:
-    """The best child of a run that meets every budget by measurement on this machine. Raises `supernet.InputError`."""
+    run: Run, budgets: str | Sequence[str] = (), *, children: Sequence[str] = (), front: int = 0, objective: Objective | None = None,
+    targets: Mapping[str, Target] | None = None, threads: int = 1, device: str = "auto", settings: str = "default",
+    overrides: Mapping[str, Any] | None = None,
+) -> Found:  # fmt: skip
+    """The best child of a run that meets every budget by measurement on this machine; more of them in `Found.answers`.
+
+    `children`: for each text such as "macs<=50M, params<=2M" the best child that meets these too; `front`: so many, spread over the
+    range of costs. `objective`: what is to be largest, where that is not the settings' (`search.objective`). `targets`: where budgets
+    such as "latency_ms@NAME<=8" are measured. `settings` and `overrides`: a search configuration. Raises `supernet.InputError`.
+    """
     from deploy.targets import Local
-    from search.loop import load_search_config
+    from search.loop import Asked
     from search.loop import search as search_loop
+    from search.settings import load_search_config
     from supernet import device as devices
 
-    texts = [budgets] if isinstance(budgets, str) else budgets
-    return search_loop(run, texts, settings=load_search_config(settings), target=Local(threads), device=devices.choose(device))
+    texts = (budgets,) if isinstance(budgets, str) else tuple(budgets)
+    places: dict[str | None, Target] = dict((targets or {}).items())
+    places[None] = Local(threads)
+    asked = Asked(texts, tuple(children), front, load_search_config(settings, overrides), places, objective)
+    return search_loop(run, asked, device=devices.choose(device))
 
 
 def export(child: Child, out: str | Path, *, split: str = "test") -> Bundle:
@@ -100,7 +113,7 @@ def export(child: Child, out: str | Path, *, split: str = "test") -> Bundle:
     from deploy.ship import ship
     from supernet.run import Run
 
-    latencies = [child.latency.as_dict()] if child.latency else []
+    latencies = [latency.as_dict() for latency in child.latencies.values()]
     return ship(Run.open(child.run), child.arch, Path(out), split=split, latencies=latencies)
 
 
@@ -145,8 +158,7 @@ def _whole_way(way: Whole, as_json: bool) -> None:
             "macs": child["macs"], "params": child["params"], "predicted ms": f"{predicted:.4g}" if predicted is not None else "-",
             "measured latency_ms": f"{child['latency_ms']:.4g} ({child['latency_ms_low']:.4g} to {child['latency_ms_high']:.4g})",
         })  # fmt: skip
-    limits = ", ".join(f"{metric}<={bound:.6g}" for metric, bound in result["budget"].items())
-    print_table(rows, f"budget: {limits or 'none'}; {result['images']} test images; intervals at 95 %")
+    print_table(rows, f"budgets: {', '.join(result['budgets']) or 'none'}; {result['images']} test images; intervals at 95 %")
     for note in result["notes"]:
         print(note)
     print(f"bundle: {way.out / 'bundle'}   report: {way.out / 'report.html'}   figures: {way.out / 'result.json'}")

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from unittest import mock
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from quality_data import data_and_space
+from quality_data import Piece, Work, data_and_space
 from torch import nn
 
 import supernet.state
@@ -35,9 +34,9 @@ from supernet.blocks import initial
 from supernet.calibrate import calibrate
 from supernet.costs import Costs, arch_costs
 from supernet.data.augment import Augment
-from supernet.data.batches import TrainingBatches
-from supernet.data.sources import open_source
+from supernet.data.batches import Batch, TrainingBatches
 from supernet.device import fitting_threads
+from supernet.errors import InputError
 from supernet.losses import label_loss, resized
 from supernet.model import Supernet, plain
 from supernet.optimizer import make_optimizer
@@ -51,7 +50,6 @@ from supernet.task import Classification
 from supernet.train import train
 
 Bits = NDArray[np.bool_]
-Piece = tuple[dict[str, Any], dict[str, NDArray[Any]]]
 
 RECIPE = {
     "epochs": 12, "batch_size": 128, "learning_rate": 0.02, "optimizer": "muon", "weight_decay": 0.05, "warmup_epochs": 1,
@@ -65,7 +63,7 @@ SGD = {"optimizer": "sgd", "learning_rate": 0.2, "clip_norm": 2.0, "weight_decay
 class Bench:
     """What is measured: a space, a recipe, images, and the folder of finished pieces."""
 
-    work: Path
+    work: Work
     space: Space
     recipe: TrainConfig
     data: str
@@ -73,24 +71,9 @@ class Bench:
     children: int
     test_images: int | None
 
-    def piece(self, name: str, compute: Callable[[], Piece]) -> Piece:
-        """A finished piece's figures and arrays, computed where it is not there."""
-        path = self.work / f"{name}.npz"
-        if not path.exists():
-            figures, arrays = compute()
-            with tempfile.NamedTemporaryFile(dir=self.work, suffix=".part", delete=False) as file:
-                np.savez_compressed(file, figures=np.array(json.dumps(figures)), **arrays)
-            Path(file.name).replace(path)
-        with np.load(path) as found:
-            return json.loads(str(found["figures"])), {key: found[key] for key in found.files if key != "figures"}
-
     def run(self, name: str, seed: int, recipe: TrainConfig | None = None) -> Run:
         """The run of a supernet, made where it is not there."""
-        path = self.work / name
-        if (path / "config.json").exists():
-            return Run.open(path)
-        wanted = (recipe or self.recipe).model_copy(update={"seed": seed})
-        return Run.create(path, self.space, wanted, open_source(self.data))
+        return self.work.run(name, self.space, (recipe or self.recipe).model_copy(update={"seed": seed}), self.data)
 
     @property
     def archs(self) -> list[Arch]:
@@ -126,35 +109,52 @@ def batches_of(run: Run) -> TrainingBatches:
     )  # fmt: skip
 
 
-def train_alone(run: Run, arch: Arch, rate: float) -> tuple[nn.Module, dict[str, Any]]:
+def train_alone(run: Run, arch: Arch, rate: float, batches: Iterable[Batch] | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """The plain network of `arch`, from the same rule of initial values, on the same crops, with labels only."""
-    recipe, space, batches = run.recipe, run.space, batches_of(run)
-    torch.manual_seed(recipe.seed)
-    network, generator = plain(space, arch), torch.Generator().manual_seed(recipe.seed)
+    space = run.space
+    torch.manual_seed(run.recipe.seed)
+    network, generator = plain(space, arch), torch.Generator().manual_seed(run.recipe.seed)
     for path, module in network.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             zero = f"{path}.{name}".endswith(space.family.zero_init)
             parameter.data = torch.zeros_like(parameter) if zero else initial(module, name, parameter.shape, generator)
-    network.to(memory_format=torch.channels_last).train()
+    figures = train_network(run, network, space.resolution(arch), rate, batches=batches)
+    return network, figures | {"macs": arch_costs(space, arch)["macs"] * figures["images"]}
+
+
+def train_network(
+    run: Run,
+    network: nn.Module,
+    resolution: int,
+    rate: float,
+    *,
+    epochs: int | None = None,
+    batches: Iterable[Batch] | None = None,
+) -> dict[str, Any]:
+    """Train any classifier in place by the run's recipe, at its own peak rate, with labels only, and calibrate it as children are.
+
+    `batches`: those of the run, where they are at hand. Gives CPU seconds, the images shown, and the rate.
+    """
+    recipe, own = run.recipe, batches_of(run)
+    steps, before = (epochs or recipe.epochs) * own.steps_per_epoch, time.process_time()
+    network.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     optimizer = make_optimizer(network, recipe)  # type: ignore[arg-type]
-    steps, before = recipe.epochs * batches.steps_per_epoch, time.process_time()
     mean, std = (torch.tensor(run.data[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
-    for step, (pixels, labels, _) in enumerate(batches.batches(0, steps)):
+    for step, (pixels, labels, _) in enumerate(own.batches(0, steps) if batches is None else batches):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
-                step, steps, peak=rate, warmup=round(recipe.warmup_epochs * batches.steps_per_epoch), schedule=recipe.schedule,
+                step, steps, peak=rate, warmup=round(recipe.warmup_epochs * own.steps_per_epoch), schedule=recipe.schedule,
                 floor=recipe.floor,
             )  # fmt: skip
-        images = resized(normalised(pixels, mean, std), space.resolution(arch)).contiguous(memory_format=torch.channels_last)
+        images = resized(normalised(pixels, mean, std), resolution).contiguous(memory_format=torch.channels_last)
         optimizer.zero_grad()
         label_loss(network(images), labels, recipe.label_smoothing).backward()  # type: ignore[no-untyped-call]
         if recipe.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_norm)
         optimizer.step()
-    pixels = torch.from_numpy(run.dataset.split("train").pixels(space.resolution(arch), recipe.calibration_images))
+    pixels = torch.from_numpy(run.dataset.split("train").pixels(resolution, recipe.calibration_images))
     calibrate(network, (normalised(part.permute(0, 3, 1, 2), mean, std) for part in pixels.split(256) if len(part) == 256))
-    macs = arch_costs(space, arch)["macs"] * steps * batches.batch_size
-    return network, {"cpu_seconds": time.process_time() - before, "macs": macs, "rate": rate}
+    return {"cpu_seconds": time.process_time() - before, "images": steps * own.batch_size, "rate": rate}
 
 
 @contextmanager
@@ -203,7 +203,7 @@ def supernet_piece(
         evaluator, test = run.evaluator(), first(run.test_images(f"quality: {name}"), bench.test_images)
         return figures, {"bits": np.stack([evaluator.evaluate(arch, test) for arch in archs])}
 
-    figures, arrays = bench.piece(name, compute)
+    figures, arrays = bench.work.piece(name, compute)
     return figures, arrays["bits"]
 
 
@@ -224,7 +224,7 @@ def alone_piece(bench: Bench, number: int, arch: Arch, seed: int) -> tuple[Any, 
         test = first(run.test_images(f"quality: alone {number}"), bench.test_images)
         return {**best[1], "tried": tried}, {"bits": evaluator.scores(best[0], resolution, test)}
 
-    figures, arrays = bench.piece(f"alone-{seed}-{number}", compute)
+    figures, arrays = bench.work.piece(f"alone-{seed}-{number}", compute)
     return figures, arrays["bits"]
 
 
@@ -245,7 +245,7 @@ def table_piece(bench: Bench, path: Path, most: int | None, images: int) -> dict
             bits = np.stack([evaluator.evaluate(arch, split) for arch in archs])
             return {"cpu_seconds": time.process_time() - before}, {"packed": np.packbits(bits, axis=1)}
 
-        figures, arrays = bench.piece(f"table-{len(codes)}-{len(split)}-{start:05d}", compute)
+        figures, arrays = bench.work.piece(f"table-{len(codes)}-{len(split)}-{start:05d}", compute)
         parts.append(arrays["packed"])
         seconds += figures["cpu_seconds"]
     packed, costs = np.concatenate(parts), Costs(space)
@@ -338,19 +338,17 @@ def main() -> None:
     if given.quick:
         given.epochs, given.children, given.rates, given.seeds = 2, 3, [1.0], 1
         given.ablation, given.table_images = given.ablation and 1, 500
-    work = given.work or Path(tempfile.mkdtemp(prefix="quality-"))
-    work.mkdir(parents=True, exist_ok=True)
-    data, space, changes = data_and_space(given.data, work / "data", 4000 if given.quick else None)
+    work = Work.at(given.work, "quality")
+    data, space, changes = data_and_space(given.data, work.path / "data", 4000 if given.quick else None)
     value = RECIPE | changes | {"epochs": given.epochs}
     for key, new in parse_overrides(given.set).items():
         part, _, last = key.rpartition(".")
         value = value | ({part: value.get(part, {}) | {last: new}} if part else {last: new})
     recipe = config.parse(TrainConfig, value, "recipe")
-    settings = work / "settings.json"
-    said = json.dumps([recipe.model_dump(mode="json"), space.key, given.rates, given.children, given.quick], sort_keys=True)
-    if settings.exists() and settings.read_text() != said:
-        parser.error(f"{work} holds pieces of other settings: give another --work")
-    settings.write_text(said)
+    try:
+        work.only_of([recipe.model_dump(mode="json"), space.key, given.rates, given.children, given.quick])
+    except InputError as error:
+        parser.error(str(error))
     bench = Bench(work, space, recipe, data, tuple(given.rates), given.children, 2000 if given.quick else None)
     print(f"{space.name}: {space.size:,} networks; recipe {json.dumps(recipe.model_dump(mode='json', exclude_defaults=True))}")
     versions = here["versions"]

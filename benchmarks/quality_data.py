@@ -1,15 +1,29 @@
-"""The images and the spaces of `quality_cifar.py`: CIFAR-10 from grids, flowers from a tar, or scikit-learn's digits."""
+"""What the benchmarks of quality share: images, spaces, and the folder of finished pieces.
+
+Images are CIFAR-10 from grids, flowers from a tar, or scikit-learn's digits.
+"""
 
 from __future__ import annotations
 
+import json
 import tarfile
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
+from supernet.data.sources import open_source
+from supernet.errors import InputError
+from supernet.recipe import TrainConfig
+from supernet.run import Run
 from supernet.space import Space
+
+Piece = tuple[dict[str, Any], dict[str, NDArray[Any]]]
 
 CIFAR_SPACE = {
     "format": 1, "name": "cifar-quick", "family": "mbconv", "source": "our own, 2,048 networks that train in minutes",
@@ -34,6 +48,45 @@ DIGITS_SPACE = {
     **CIFAR_SPACE, "name": "digits-quick", "source": "our own, grey images of 8 pixels", "resolution": [8, 12], "in_channels": 1,
     "stem": {"width": [8], "stride": 1},
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Work:
+    """A folder of finished pieces and of runs: what lies there is not done again."""
+
+    path: Path
+
+    @classmethod
+    def at(cls, path: Path | None, name: str) -> Work:
+        """The folder, made where it is not there; a fresh one for `name` where none is given."""
+        path = path or Path(tempfile.mkdtemp(prefix=f"{name}-"))
+        path.mkdir(parents=True, exist_ok=True)
+        return cls(path)
+
+    def only_of(self, settings: object) -> None:
+        """Raise `InputError` where the folder holds pieces of other settings than these (JSON)."""
+        file, said = self.path / "settings.json", json.dumps(settings, sort_keys=True)
+        if file.exists() and file.read_text() != said:
+            raise InputError(f"{self.path} holds pieces of other settings: give another --work")
+        file.write_text(said)
+
+    def piece(self, name: str, compute: Callable[[], Piece]) -> Piece:
+        """A finished piece's figures and arrays, computed where it is not there."""
+        path = self.path / f"{name}.npz"
+        if not path.exists():
+            figures, arrays = compute()
+            with tempfile.NamedTemporaryFile(dir=self.path, suffix=".part", delete=False) as file:
+                np.savez_compressed(file, figures=np.array(json.dumps(figures)), **arrays)
+            Path(file.name).replace(path)
+        with np.load(path) as found:
+            return json.loads(str(found["figures"])), {key: found[key] for key in found.files if key != "figures"}
+
+    def run(self, name: str, space: Space, recipe: TrainConfig, data: str) -> Run:
+        """The run of a supernet, made where it is not there."""
+        path = self.path / name
+        if (path / "config.json").exists():
+            return Run.open(path)
+        return Run.create(path, space, recipe, open_source(data))
 
 
 def data_and_space(given: str | None, folder: Path, train_images: int | None) -> tuple[str, Space, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from deploy.bundle import Bundle
     from supernet.arch import Arch
     from supernet.run import Run
 
@@ -30,32 +32,48 @@ def export(
     out: Annotated[Path | None, typer.Option("--out", help="Where the bundle goes; RUN/bundle if left out.")] = None,
     arch: Annotated[str, typer.Option("--arch", help="best (of the latest search), smallest, largest, or a JSON file.")] = "best",
     split: Annotated[str, typer.Option("--split", help="Images for the accuracy: test (reads are counted) or confirm.")] = "test",
+    front: Annotated[int, typer.Option("--front", min=0, help="Export the children of a search with --front, each to a folder.")] = 0,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Export a child to a verified bundle: ONNX model, manifest, card, and a script that predicts."""
-    from deploy.ship import ship
     from supernet.console import print_json
     from supernet.run import Run
     from supernet.space import read_arch
 
-    found = Run.open(run)
-    chosen, latencies = best_of(found) if arch == "best" else (read_arch(found.space, arch), [])
-    bundle = ship(found, chosen, out or run / "bundle", split=split, latencies=latencies)
+    found, where = Run.open(run), out or run / ("bundles" if front else "bundle")
+    if front:
+        bundles = [_shipped(found, child, where / name, split) for name, child in front_of(found, front).items()]
+    else:
+        bundles = [_shipped(found, best_of(found) if arch == "best" else (read_arch(found.space, arch), []), where, split)]
     if as_json:
-        print_json({"bundle": str(bundle.path), **_short(bundle.manifest)})
+        results = [{"bundle": str(bundle.path), **_short(bundle.manifest)} for bundle in bundles]
+        print_json(results if front else results[0])
         return
+    for bundle in bundles:
+        _tell(found, bundle)
+    classifies = "agreement" in bundles[0].manifest["parity"]
+    print(f"Next: nestling predict {bundles[0].path} IMAGE" + ("" if classifies else " --out FOLDER"))
+
+
+def _shipped(run: Run, child: tuple[Arch, list[Mapping[str, Any]]], out: Path, split: str) -> Bundle:
+    from deploy.ship import ship
+
+    return ship(run, child[0], out, split=split, latencies=child[1])
+
+
+def _tell(run: Run, bundle: Bundle) -> None:
+    """What was exported, and what proves it."""
     accuracy, parity = bundle.manifest["accuracy"], bundle.manifest["parity"]
-    show, classifies = found.task.show, "agreement" in parity
-    print(f"{bundle.path}: child {chosen.key}, {accuracy['metric']} {show(accuracy[accuracy['metric']])} "
+    show = run.task.show
+    print(f"{bundle.path}: child {bundle.manifest['key']}, {accuracy['metric']} {show(accuracy[accuracy['metric']])} "
           f"({show(accuracy['low'])} to {show(accuracy['high'])}) on {accuracy['images']} {accuracy['split']} images")  # fmt: skip
     proof = (
         f"same class on {parity['agreement']:.2%} of"
-        if classifies
+        if "agreement" in parity
         else f"{parity['relative_difference']:.2e} of the largest, on"
     )
     print(f"verified: supernet child to extracted child {parity['child_difference']:.2e}, torch to ONNX Runtime "
           f"{parity['onnx_difference']:.2e}, {proof} {parity['onnx_images']} images")  # fmt: skip
-    print(f"Next: nestling predict {bundle.path} IMAGE" + ("" if classifies else " --out FOLDER"))
 
 
 def verify(
@@ -102,7 +120,12 @@ def predict(
 
 
 def best_of(run: Run) -> tuple[Arch, list[Mapping[str, Any]]]:
-    """The child that the latest search of a run chose, and its measured latency."""
+    """The child that the latest search of a run chose, and its measured latencies."""
+    return children_of(run)["best"]
+
+
+def children_of(run: Run) -> dict[str, tuple[Arch, list[Mapping[str, Any]]]]:
+    """The children that the latest search of a run found, by what they were found for, with their measured latencies."""
     from deploy.targets import Latency
     from supernet.errors import InputError
 
@@ -111,16 +134,39 @@ def best_of(run: Run) -> tuple[Arch, list[Mapping[str, Any]]]:
         raise InputError(f"{run.path} was not searched yet: run `nestling search {run.path}` first, or give --arch")
     try:
         value = json.loads(path.read_text())
-        best, weights = value["best"], value["weights_sha256"]
-        if weights != run.weights_hash:
+        if value["format"] != 2:
+            raise InputError(f"{path} has format {value['format']!r}, this version reads 2: search again")
+        if value["weights_sha256"] != run.weights_hash:
             raise InputError(f"{path} is of other weights than {run.path} has now: search again")
-        latency = best["latency"]
-        return run.space.arch(best["arch"], str(path)), [] if latency is None else [Latency.from_dict(latency).as_dict()]
+        found: dict[str, tuple[Arch, list[Mapping[str, Any]]]] = {}
+        for answer in ({"name": "best", "child": value["best"]}, *value["answers"]):
+            child = answer["child"]
+            latencies: list[Mapping[str, Any]] = [
+                Latency.from_dict(latency).as_dict() for latency in child["latencies"].values()
+            ]
+            found[str(answer["name"])] = run.space.arch(child["arch"], str(path)), latencies
+        return found
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is damaged ({error!r}): search again, which repeats no evaluation") from error
 
 
+def front_of(run: Run, count: int) -> dict[str, tuple[Arch, list[Mapping[str, Any]]]]:
+    """The `count` children of a search with `--front`, cheapest first, by names for their folders; equal ones once."""
+    from supernet.errors import InputError
+
+    found = {name: child for name, child in children_of(run).items() if re.fullmatch(rf"front \d+ of {count}", name)}
+    if not found:
+        raise InputError(
+            f"the latest search of {run.path} was not for a front of {count}: run `nestling search {run.path} --front {count}`"
+        )
+    once = {child[0]: (name, child) for name, child in reversed(found.items())}
+    return {name.partition(" of ")[0].replace(" ", "-"): child for name, child in reversed(once.values())}
+
+
 def _short(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: manifest[name] for name in ("key", "macs", "params", "peak_memory_bytes", "accuracy", "parity", "latency")}
+    return {
+        name: manifest[name]
+        for name in ("key", "macs", "params", "peak_memory_bytes", "model_size_bytes", "accuracy", "parity", "latency")
+    }

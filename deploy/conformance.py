@@ -17,6 +17,7 @@ from functools import cache
 from typing import ClassVar
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import load as load_tensors
@@ -333,13 +334,22 @@ class FamilySuite:
         assert all(torch.equal(value, kept[name]) for name, value in supernet.state_dict().items())
 
     @pytest.mark.parametrize("name", ["smallest", 1])
-    def test_the_exported_child_agrees_with_torch_at_every_batch_size(self, supernet: Supernet, name: str | int) -> None:
+    def test_the_exported_child_has_the_counted_weights_and_agrees_with_torch_at_every_batch_size(
+        self, supernet: Supernet, name: str | int
+    ) -> None:
         arch = self.named(name)
         size, channels = self.space.resolution(arch), self.space.family.in_channels
         generator = torch.Generator().manual_seed(5)
         batches = [torch.randn(8, channels, size, size, generator=generator) for _ in range(2)]
-        network = calibrate(supernet.extract(arch), batches)
-        run = OnnxRuntime().load(to_onnx(network, channels=channels, resolution=size).SerializeToString())
+        extracted = supernet.extract(arch)
+        with torch.no_grad():
+            for parameter in extracted.parameters():  # no two are equal: the exporter stores equal ones once
+                parameter.mul_(1 + 0.1 * torch.rand(parameter.shape, generator=generator))
+        network = calibrate(extracted, batches)
+        model = to_onnx(network, channels=channels, resolution=size)
+        weights = [tensor for tensor in model.graph.initializer if tensor.dims and tensor.data_type == onnx.TensorProto.FLOAT]
+        assert sum(len(tensor.raw_data) for tensor in weights) == arch_costs(self.space, arch)["model_size_bytes"]
+        run = OnnxRuntime().load(model.SerializeToString())
         for count in (1, 2, 5):
             images = batches[0][:count]
             with torch.no_grad():

@@ -56,6 +56,12 @@ class LatencyModel:
         """Mean absolute relative error on left-out children, a fraction."""
         return float(np.mean([abs(predicted / measured - 1) for _, predicted, measured, _ in self.measured]))
 
+    @property
+    def lower_factor(self) -> float:
+        """Latencies are at least this times the prediction for most (`UPPER`) left-out children; it follows from `measured`."""
+        ratios = [measured / predicted for _, predicted, measured, _ in self.measured if predicted > 0]
+        return min(1.0, float(np.quantile(ratios, 1 - UPPER, method="lower"))) if ratios else 0.0
+
     def predict(self, features: Floats) -> Floats:
         """Latency in ms, shape (archs,), from `Costs.features`."""
         found: Floats = _design(features) @ np.array(self.coefficients)

@@ -1,16 +1,21 @@
-"""Commands of this package: evaluate, search, report. Heavy imports wait until a command runs."""
+"""Commands of this package: evaluate, search (and what it evaluated), report, dashboard. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
+    from deploy.targets import Target
+    from search.evaluate import Advancing
     from search.found import Child, Found
-    from search.loop import SearchConfig
+    from search.loop import Asked
+    from search.settings import SearchConfig
     from supernet.console import Display
     from supernet.run import Run
 
@@ -21,18 +26,51 @@ BudgetTexts = Annotated[
     list[str] | None,
     typer.Option(
         "--budget",
-        help="'latency_ms<=8', 'macs<=8e6', 'params<=2M', 'peak_memory_bytes<=512KiB'. Repeatable.",
+        help="'latency_ms<=8', 'latency_ms@NAME<=8', 'macs<=8e6', 'params>=1M', 'peak_memory_bytes<=512KiB', "
+        "'model_size_bytes<=4MiB'. Repeatable: all hold.",
     ),
 ]
+ChildTexts = Annotated[
+    list[str] | None,
+    typer.Option("--child", help="One more child, the best within 'macs<=50M, params<=2M' and every --budget. Repeatable."),
+]
+Front = Annotated[int, typer.Option("--front", min=0, help="Find this many children, spread over the range of costs.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads that the exported child runs with.")]
 SearchName = Annotated[str, typer.Option("--search", help="A search configuration by name or YAML file.")]
+SearchSet = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="KEY=VALUE of the search configuration, such as evaluations=200 or options.parents=8. Repeatable."
+    ),
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target", help="NAME=local or NAME=local:THREADS: a target that budgets name, latency_ms@NAME<=8. Repeatable."
+    ),
+]
+Workers = Annotated[str | None, typer.Option("--workers", help="ray, ray:ACTORS or ray://HOST:PORT: who evaluates children.")]
+
+
+class _Search(TyperGroup):
+    """`nestling search RUN` searches; `show` and `export` look at what searches evaluated."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Without the name of a command, `run` is meant."""
+        return super().parse_args(ctx, args if args and args[0] in self.commands else ["run", *args])
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
     app.command(epilog="Example: nestling evaluate runs/digits --arch largest")(evaluate)
-    app.command(epilog="Example: nestling search runs/digits --budget 'latency_ms<=0.08' --budget 'macs<=2e6'")(search)
+    searching = typer.Typer(cls=_Search, help="Find the best children within budgets; or show and export what was evaluated.")
+    searching.command("run", epilog="Example: nestling search runs/digits --budget 'latency_ms<=0.08' --budget 'macs<=2e6'. See also: "
+                      "nestling search show RUN, nestling search export RUN --out FILE")(search)  # fmt: skip
+    searching.command("show", epilog="Example: nestling search show runs/digits --limit 20")(show)
+    searching.command("export", epilog="Example: nestling search export runs/digits --out children.csv")(export)
+    app.add_typer(searching, name="search")
     app.command(epilog="Example: nestling report runs/digits")(report)
+    app.command(epilog="Example: nestling dashboard runs/digits")(dashboard)
 
 
 def evaluate(
@@ -61,58 +99,117 @@ def evaluate(
     if as_json:
         print_json(result)
     else:
-        show = found.task.show
-        print(f"{chosen.key}: {metric} {show(estimate.value)} ({show(estimate.low)} to {show(estimate.high)}) on "
+        text = found.task.show
+        print(f"{chosen.key}: {metric} {text(estimate.value)} ({text(estimate.low)} to {text(estimate.high)}) on "
               f"{estimate.images} {split} images, "
               f"{result['macs']:,} macs; the test split was read {found.test_reads} times")  # fmt: skip
 
 
 def search(
-    run: RunPath, budget: BudgetTexts = None, threads: Threads = 1, search_config: SearchName = "default", device: Device = "auto",
+    run: RunPath, budget: BudgetTexts = None, child: ChildTexts = None, front: Front = 0, threads: Threads = 1, target: Targets = None,
+    search_config: SearchName = "default", set_: SearchSet = None, workers: Workers = None, device: Device = "auto",
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Find the best child that meets every budget, by measurement on this machine. Without a budget, the best child."""
-    from search.loop import load_search_config
+    from search.loop import Asked
+    from search.report.tables import objective_of
+    from search.settings import load_search_config
     from supernet import device as devices
     from supernet.console import Display, print_json, print_table
+    from supernet.recipe import parse_overrides
     from supernet.run import Run
 
+    settings = load_search_config(search_config, parse_overrides(set_ or []))
+    asked = Asked(tuple(budget or ()), tuple(child or ()), front, settings, targets_of(target or (), threads))
     display, opened = Display(), Run.open(run)
-    found = search_shown(opened, budget or [], load_search_config(search_config), threads, devices.choose(device), display)
+    found = search_shown(opened, asked, devices.choose(device), display, workers)
+    if found is None:  # a process that only helped
+        return
     if as_json:
         print_json(found.as_dict())
         return
-    print_table(
-        rows_of(found, opened.task.show), f"budgets: {', '.join(found.budgets) or 'none'}; {found.evaluated} children evaluated"
-    )
+    text = objective_of(opened, found).show
+    print_table(rows_of(found, text), f"budgets: {', '.join(found.budgets) or 'none'}; {found.evaluated} children evaluated")
+    if len(found.answers) > 1:
+        print_table([{"for": answer.name, **_row("", answer.child, text)} for answer in found.answers[1:]], "further children")
     for note in found.notes:
         print(note)
-    print(f"Next: nestling export {run}")
+    print(f"Next: nestling export {run}" + (f" --front {front}" if front else ""))
 
 
-def search_shown(
-    run: Run, budgets: list[str], settings: SearchConfig, threads: int, device: str, display: Display
-) -> Found:  # fmt: skip
-    """Search with a progress line."""
-    from deploy.targets import Local
+def search_shown(run: Run, asked: Asked, device: str, display: Display, workers: str | None = None) -> Found | None:
+    """Search with a progress line and the front so far; None in the processes of a job that only evaluate for the main one."""
+    from search.live import LiveFront
     from search.loop import search as search_run
 
-    with display.stage("search") as stage:
-        return search_run(run, budgets, settings=settings, target=Local(threads), device=device,
-                          progress=lambda event: stage.update(event.done, event.total, event.doing))  # fmt: skip
+    with evaluating(run, asked.settings, device, workers) as advancing:
+        if advancing is None:
+            return None
+        with LiveFront(display, show=_writer(run, asked), metric=asked.settings.objective or run.task.metric) as live:
+            return search_run(run, asked, device=device, advancing=advancing,
+                              progress=lambda event: live.update(event.front, event.done, event.total, event.doing))  # fmt: skip
 
 
-def rows_of(found: Found, show: Callable[[float], str]) -> list[dict[str, Any]]:
-    """A row for the chosen child and the ends of the space; scores of the search-val and confirm images, written by `show`."""
+def _writer(run: Run, asked: Asked) -> Callable[[float], str]:
+    from search.objective import objective_named
+
+    return (asked.objective or objective_named(asked.settings.objective, run.task)).show
+
+
+@contextmanager
+def evaluating(run: Run, settings: SearchConfig, device: str, workers: str | None) -> Iterator[Advancing | None]:
+    """What evaluates children: this process, a Ray cluster (`--workers`), or all processes of `torchrun`.
+
+    None in those processes that are not the main one: they evaluate for it until it is done.
+    """
+    from search.cluster import RayEvaluator, Workers
+    from search.evaluate import SharedEvaluator
+    from search.loop import steps_of
+    from search.processes import spread
+    from supernet.distributed import world
+
+    steps = steps_of(run, settings)
+    if workers is not None:
+        with RayEvaluator(run, "search_val", steps, Workers.parse(workers), device=device) as cluster:
+            yield cluster
+        return
+    with world(device) as processes:
+        own = SharedEvaluator(run.evaluator(processes.device), run.dataset.split("search_val"), steps)
+        with spread(processes, own, run, steps) as together:
+            yield together
+
+
+def targets_of(texts: list[str] | tuple[str, ...], threads: int) -> Mapping[str | None, Target]:
+    """The targets of `--target NAME=local:THREADS`, and this machine at `threads` threads without a name. Raises `InputError`."""
+    from deploy.targets import Local
+    from supernet.errors import InputError
+
+    found: dict[str | None, Target] = {None: Local(threads)}
+    for text in texts:
+        name, _, kind = text.partition("=")
+        place, _, number = kind.partition(":")
+        if not name or place != "local" or (":" in kind and not (number.isdigit() and 1 <= int(number) <= 1024)):
+            raise InputError(
+                f"a target is written NAME=local or NAME=local:THREADS, for example laptop=local:4, but got {text[:100]!r}"
+            )
+        if name in found:
+            raise InputError(f"every target has a name of its own, but {name[:100]!r} was given twice: rename one")
+        found[name] = Local(int(number or 1))
+    return found
+
+
+def rows_of(found: Found, text: Callable[[float], str]) -> list[dict[str, Any]]:
+    """A row for the chosen child and the ends of the space; scores of the search-val and confirm images, written by `text`."""
     three = (("chosen", found.best), ("smallest", found.smallest), ("largest", found.largest))
-    return [_row(name, child, show) for name, child in three]
+    return [{"child": name, **_row(name, child, text)} for name, child in three]
 
 
-def _row(name: str, child: Child, show: Callable[[float], str]) -> dict[str, Any]:
-    latency = child.latency
+def _row(name: str, child: Child, text: Callable[[float], str]) -> dict[str, Any]:
+    latency, estimate = child.latency, child.estimate
     return {
-        "child": name, "key": child.key, "search_val": show(child.search_score),
-        "confirm": show(child.confirm_score) if child.confirm_score is not None else "-",
+        "key": child.key, "search_val": text(child.search_score),
+        "confirm": text(child.confirm_score) if child.confirm_score is not None else "-",
+        "expected": f"{text(estimate.value)} ({text(estimate.low)} to {text(estimate.high)})" if estimate else "-",
         "macs": int(child.costs["macs"]), "params": int(child.costs["params"]),
         "predicted ms": child.predicted_latency_ms if child.predicted_latency_ms is not None else "-",
         "latency_ms": f"{latency.latency_ms:.4g} ({latency.low:.4g} to {latency.high:.4g})" if latency else "-",
@@ -127,3 +224,63 @@ def report(
     from supernet.run import Run
 
     print(report_of(Run.open(run), out or run / "report.html"))
+
+
+def show(
+    run: RunPath,
+    stage: Annotated[
+        str | None, typer.Option("--stage", help="Only children of a stage of the search, such as coarse.")
+    ] = None,
+    budget: BudgetTexts = None,
+    sort: Annotated[
+        str | None, typer.Option("--sort", help="A column to sort by; the best of each zone of costs if left out.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Rows shown.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Show the children that searches of a run evaluated: the best of each zone of costs, or sorted by a column."""
+    from search import table as tables
+    from search.budget import parse_all
+    from search.store import Store
+    from supernet.console import print_json, print_table
+    from supernet.run import Run
+
+    opened = Run.open(run)
+    with Store.existing(run / "search" / "search.sqlite") as store:
+        rows = tables.children(store)
+    chosen = tables.chosen(rows, stage=stage, budgets=parse_all(budget or []), sort=sort or "score")
+    shown = chosen[:limit] if sort else tables.best_by_zone(chosen, zones=min(limit, tables.ZONES))
+    if as_json:
+        print_json(shown)
+        return
+    print_table(
+        tables.for_terminal(shown, opened.task.show), f"{len(rows)} children evaluated, {len(chosen)} of them asked for"
+    )
+
+
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Option("--out", help="A file that ends with .csv, .parquet or .json.")],
+    samples: Annotated[
+        bool, typer.Option("--samples", help="Also what each child did on every image (.parquet, .json).")
+    ] = False,
+) -> None:
+    """Write the children that searches of a run evaluated to a file, a row each."""
+    from search import table as tables
+    from search.store import Store
+    from supernet.run import Run
+
+    opened = Run.open(run)
+    with Store.existing(run / "search" / "search.sqlite") as store:
+        rows = tables.children(store, opened.task.unpack_samples if samples else None)
+    print(f"{tables.export(rows, out)}: {len(rows)} children")
+
+
+def dashboard(
+    run: RunPath, port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")] = 8080
+) -> None:
+    """Mirror the search of a run into an Optuna journal and open optuna-dashboard on it, on this machine alone."""
+    from search import dashboard as dashboards
+    from supernet.run import Run
+
+    dashboards.dashboard(Run.open(run), port=port)

@@ -1,20 +1,27 @@
-"""The last round: finalists are exported, measured on the target and confirmed on images that the search never saw."""
+"""The last round: finalists are exported, measured on the targets and confirmed on images that the search never saw."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deploy.export import to_onnx
 from deploy.targets import Latency, Model, Target
 from search.budget import Budget
+from search.objective import Objective
+from search.statistics import compare, confidence_set, holm, shrunk
 from search.store import Confirmed, Measurement, Store
 from supernet.arch import Arch
 from supernet.evaluate import Evaluator
 from supernet.run import Run
-from supernet.task import Scores
+from supernet.task import Estimate
+
+Latencies = Mapping[str | None, Latency]
+"""Name of the target (None: the one that is not named) -> a child's latency there."""
 
 
 @dataclass(frozen=True)
@@ -24,16 +31,21 @@ class Bench:
     run: Run
     evaluator: Evaluator
     store: Store
-    target: Target
+    targets: Mapping[str | None, Target]
+    objective: Objective
 
-    def measure(self, archs: Sequence[Arch]) -> dict[str, Latency]:
-        """Latency of the really exported children, all timed in turn in one go; key -> latency."""
-        fingerprint = self.target.fingerprint()
-        name = f"{self.target.name}:{fingerprint['hash']}"
+    def measure(self, archs: Sequence[Arch]) -> dict[str, Latencies]:
+        """Latencies of the really exported children on every target, all timed in turn in one go; by key."""
+        each = {name: self._measured(target, archs) for name, target in self.targets.items()}
+        return {arch.key: {name: latencies[arch.key] for name, latencies in each.items()} for arch in archs}
+
+    def _measured(self, target: Target, archs: Sequence[Arch]) -> dict[str, Latency]:
+        fingerprint = target.fingerprint()
+        name = f"{target.name}:{fingerprint['hash']}"
         known = {row.key: row for row in self.store.measurements() if row.target == name}
         todo = [arch for arch in dict.fromkeys(archs) if arch.key not in known]
         if todo:
-            timings = self.target.measure([self._exported(arch) for arch in todo])
+            timings = target.measure([self._exported(arch) for arch in todo])
             rows = [
                 Measurement(arch.key, name, timing.median_ms, timing.low_ms, timing.high_ms,
                             {"fingerprint": fingerprint, "samples": timing.samples, "stable": timing.stable, "p95_ms": timing.p95_ms,
@@ -44,22 +56,29 @@ class Bench:
             known |= {row.key: row for row in rows}
         return {
             arch.key: Latency(
-                self.target.name, row.latency_ms, row.latency_ms_low, row.latency_ms_high, fingerprint, row.created[:10]
+                target.name, row.latency_ms, row.latency_ms_low, row.latency_ms_high, fingerprint, row.created[:10]
             )
             for arch in archs
             for row in [known[arch.key]]
         }
 
-    def confirm(self, archs: Sequence[Arch]) -> dict[str, Scores]:
-        """Scores on the confirm split, key -> shape (images,)."""
+    def confirm(self, archs: Sequence[Arch]) -> dict[Arch, NDArray[Any]]:
+        """The objective's values on the confirm split, each of shape (images,)."""
         task, split = self.run.task, self.run.dataset.split("confirm")
-        known = {row.key: task.unpack(row.scores, row.images) for row in self.store.confirmed()}
+        known = {row.key: row for row in self.store.confirmed()}
+        found = {}
         for arch in archs:
+            if arch.key in known:
+                samples = task.unpack_samples(known[arch.key].samples, known[arch.key].images)
+            else:
+                network, resolution = self.evaluator.calibrated(arch), self.run.space.resolution(arch)
+                samples = self.evaluator.samples(network, resolution, split)
+            values = self.objective.values(samples, split.labels, len(self.run.classes))
             if arch.key not in known:
-                scores = self.evaluator.evaluate(arch, split)
-                self.store.add_confirmed([Confirmed(arch.key, task.pack(scores), task.estimate(scores).value, len(scores))])
-                known[arch.key] = scores
-        return {arch.key: known[arch.key] for arch in archs}
+                score = float(values.mean(dtype=np.float64))
+                self.store.add_confirmed([Confirmed(arch.key, task.pack_samples(samples), score, len(split))])
+            found[arch] = values
+        return found
 
     def _exported(self, arch: Arch) -> Model:
         space = self.run.space
@@ -67,11 +86,36 @@ class Bench:
         return Model(model.SerializeToString(), space.family.in_channels, space.resolution(arch))
 
 
-def meets(budgets: Sequence[Budget], costs: dict[str, float], latency: Latency) -> bool:
-    """Whether a measured child meets every budget; a latency counts with the upper end of its interval."""
-    return all(budget.holds(latency.high if budget.metric == "latency_ms" else costs[budget.metric]) for budget in budgets)
+def meets(budgets: Sequence[Budget], costs: Mapping[str, float], latencies: Latencies) -> bool:
+    """Whether a measured child meets every budget; a latency counts with the worse end of its interval."""
+    return all(
+        budget.holds_interval(latencies[budget.target].low, latencies[budget.target].high)
+        if budget.metric == "latency_ms"
+        else budget.holds(costs[budget.metric])
+        for budget in budgets
+    )
 
 
-def pooled(search_scores: Scores, confirm_scores: Scores) -> float:
-    """Mean score over both splits. Finalists lead on search-val partly by luck; the confirm images are fresh."""
-    return float(np.concatenate([search_scores, confirm_scores]).mean(dtype=np.float64))
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the confirm images say of the finalists: who is chosen, who cannot be told from the best, and how good each is."""
+
+    chosen: Arch
+    tied: tuple[Arch, ...]
+    """The confidence set, at 95 %: the finalists that may be the best. The chosen one is the cheapest of them."""
+    estimates: Mapping[Arch, Estimate]
+    """Shrunken: what a finalist is to be expected to reach on other images (`search.statistics.shrunk`)."""
+    p_values: Mapping[Arch, float]
+    """Of "as good as the chosen one" on the confirm images, two-sided, adjusted by Holm over the finalists."""
+
+
+def judge(finalists: Sequence[Arch], values: Mapping[Arch, NDArray[Any]], cost: Mapping[Arch, float], seed: int) -> Verdict:
+    """Choose by values on fresh images, shape (images,) each: the cheapest of those that may be the best."""
+    together = np.stack([values[arch] for arch in finalists])
+    may_be_best = confidence_set(together, np.random.default_rng([seed, 11]))
+    tied = [arch for arch, may in zip(finalists, may_be_best, strict=True) if may]
+    chosen = min(tied, key=lambda arch: (cost[arch], -float(values[arch].mean())))
+    others = [arch for arch in finalists if arch != chosen]
+    adjusted = holm([compare(values[arch], values[chosen]).p_value for arch in others])
+    estimates = dict(zip(finalists, shrunk(together), strict=True))
+    return Verdict(chosen, tuple(tied), estimates, dict(zip(others, map(float, adjusted), strict=True)))

@@ -1,234 +1,228 @@
-"""The search: profile, propose, evaluate, store, measure the finalists, choose.
+"""A search from its budgets to its outcome: profile, search, measure the finalists, confirm, choose.
 
-Everything that was evaluated stays in one SQLite file of the run, whatever the budget; a killed search, run again, repeats nothing.
+Everything that was evaluated stays in one SQLite file of the run, whatever the budgets; a killed search, run again, repeats nothing.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, StrictInt
+import numpy as np
+import torch
 
 from deploy.latency import LatencyModel, profile
 from deploy.probe import probe
-from deploy.targets import Latency, Local, Model, Target
-from search import pareto
-from search.budget import Budget, parse_all
-from search.feasible import Feasible, refuse_impossible
-from search.finalists import Bench, meets, pooled
-from search.found import Child, Found
-from search.store import Row, Store
-from search.strategies.coarse_to_fine import CoarseToFine
-from supernet import config
-from supernet.arch import Arch
-from supernet.config import Config
+from deploy.targets import Local, Model, Target
+from search.choice import Choice
+from search.engine import Engine, Event, Phase
+from search.evaluate import Advancing, SharedEvaluator
+from search.feasible import Feasible
+from search.finalists import Bench
+from search.found import Found
+from search.known import Known
+from search.objective import Objective, objective_named
+from search.reach import refuse_impossible
+from search.rungs import Rung, rungs
+from search.settings import SearchConfig
+from search.store import Store
+from search.strategies import Strategy
+from search.strategies.registry import make
+from search.wanted import Wanted, caps, parse_budgets, wanted
 from supernet.costs import Costs
 from supernet.errors import InputError
 from supernet.evaluate import Evaluator
 from supernet.run import Run
 from supernet.space import Space
+from supernet.step import normalised
 
-ROUNDS_OF_FINALISTS = 4
+if TYPE_CHECKING:
+    from search.strategies.relax import Relaxable
 
-
-class SearchConfig(Config):
-    """How much a search does; its YAML lies in `configs/search/`."""
-
-    format: Literal[1] = 1
-    name: str = "custom"
-    coarse: Annotated[StrictInt, Field(ge=1)] = 24
-    """Network-wide skeletons evaluated."""
-    fine: Annotated[StrictInt, Field(ge=0)] = 24
-    """Mutants evaluated."""
-    parents: Annotated[StrictInt, Field(ge=1)] = 4
-    batch: Annotated[StrictInt, Field(ge=1)] = 8
-    mutation_rate: Annotated[float, Field(gt=0, le=1)] = 0.15
-    finalists: Annotated[StrictInt, Field(ge=1)] = 5
-    """Children exported and measured at a time."""
-    profile_children: Annotated[StrictInt, Field(ge=8)] = 40
-    """Children timed to fit the latency model."""
-    seed: Annotated[StrictInt, Field(ge=0)] = 0
+RELAXED_BATCH = 128
+"""Training images that a loss of the strategy relax is of."""
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Told to the caller as the search goes on: what it does, and children evaluated of how many."""
+@dataclass(frozen=True)
+class Asked:
+    """What a search is asked for."""
 
-    doing: str
-    done: int
-    total: int
-
-
-def load_search_config(name: str, overrides: Mapping[str, Any] | None = None) -> SearchConfig:
-    """A shipped configuration by name, or a YAML file, with overrides. Raises `InputError`."""
-    path = config.find("search", name)
-    return config.parse(SearchConfig, {**config.read(path), **(overrides or {})}, str(path))
+    budgets: tuple[str, ...] = ()
+    """Every child found meets all of them."""
+    children: tuple[str, ...] = ()
+    """For each text such as "macs<=50M, params<=2M", the best child that meets these too."""
+    front: int = 0
+    """Children to be found for bounds of the main cost, spread over its range."""
+    settings: SearchConfig = field(default_factory=SearchConfig)
+    targets: Mapping[str | None, Target] = field(default_factory=lambda: {None: Local()})
+    """Where latency is measured, by name; None is that of budgets that name none."""
+    objective: Objective | None = None
+    """An objective of the user's own, in place of the settings'."""
 
 
 def search(
-    run: Run, budgets: Sequence[str], *, settings: SearchConfig | None = None, target: Target | None = None, device: str = "cpu",
-    progress: Callable[[Event], None] | None = None,
+    run: Run, asked: Asked | Sequence[str] = (), *, device: str = "cpu", progress: Callable[[Event], None] | None = None,
+    advancing: Advancing | None = None,
 ) -> Found:  # fmt: skip
-    """The best child of a run that meets every budget on the target, by measurement; the outcome is also saved in the run.
+    """The best children of a run for the budgets, latencies by measurement; the outcome is also saved in the run.
 
-    Raises `InputError` at once where even the smallest child misses a budget (with the smallest reachable value).
+    `asked` may be the budgets alone. `advancing` evaluates children, where that is not this process alone. Raises `InputError` at once
+    where no child can meet a budget (with the nearest reachable value).
     """
-    return _Search(
-        run, parse_all(list(budgets)), settings or SearchConfig(), target or Local(), device, progress or (lambda _: None)
-    ).go()
+    whole = asked if isinstance(asked, Asked) else Asked(tuple(asked))
+    return _Search(run, whole, device, progress or (lambda _: None), advancing).go()
 
 
 @dataclass
 class _Search:
     run: Run
-    budgets: tuple[Budget, ...]
-    settings: SearchConfig
-    target: Target
+    asked: Asked
     device: str
     progress: Callable[[Event], None]
-    notes: list[str] = field(default_factory=list)
+    advancing: Advancing | None
 
-    @property
-    def space(self) -> Space:
-        return self.run.space
+    def __post_init__(self) -> None:
+        self.settings, self.space = self.asked.settings, self.run.space
+        self.budgets, self.wanted = parse_budgets(self.asked.budgets), list(wanted(self.asked.children))
+        self.objective = self.asked.objective or objective_named(self.settings.objective, self.run.task)
+        self.timed = {
+            b.target for b in (*self.budgets, *(b for w in self.wanted for b in w.budgets)) if b.metric == "latency_ms"
+        }
+        unknown = [name for name in self.timed if name not in self.asked.targets]
+        if unknown:
+            known = [name for name in self.asked.targets if name]
+            raise InputError(f"a latency budget is of a target that is given with --target, but {unknown[0]!r} is none of {known}: "
+                             f"add --target {unknown[0]}=local")  # fmt: skip
 
     def go(self) -> Found:
         if not self.run.finished:
             raise InputError(
                 f"{self.run.path} is not trained to its end: finish it with `nestling train --out {self.run.path} --resume`"
             )
-        refuse_impossible(self.space, self.budgets, None)
+        self._refuse_impossible({}, self._feasible({}))
+        self._strategy(self._feasible({}), None)  # a name or an option that is none ends here
         (self.run.path / "search").mkdir(exist_ok=True)
-        feasible = Feasible(self.space, Costs(self.space), self.budgets, self._latency_model())
+        feasible = self._feasible(self._latency_models())
+        front = self._front(feasible)
         evaluator = self.run.evaluator(self.device)
-        with Store.open(self.run.path / "search" / "search.sqlite", identity=identity(self.run)) as store:
-            self._evaluate(evaluator, store, feasible)
-            rows = {self.space.arch(json.loads(row.arch)): row for row in store.rows()}  # of every search of this run so far
-            found = self._choose(Bench(self.run, evaluator, store, self.target), feasible, rows)
+        with Store.open(self.run.path / "search" / "search.sqlite", identity=identity(self.run, self.settings)) as store:
+            known = self._known(store, feasible.costs, evaluator)
+            engine = self._engine(known, feasible, front, evaluator)
+            engine.go()
+            bench = Bench(self.run, evaluator, store, self.asked.targets, self.objective)
+            found = Choice(bench, known, feasible, engine, self.wanted, self.budgets, self.settings).go()
         found.save()
         return found
 
-    def _latency_model(self) -> LatencyModel | None:
-        """Measured once per machine and space; only where a budget asks for it."""
-        if not any(budget.metric == "latency_ms" for budget in self.budgets):
-            return None
-        self.progress(Event("timing the smallest child", 0, 0))
-        refuse_impossible(self.space, self.budgets, smallest_latency_ms(self.space, self.target))
-        return latency_model(self.run, self.target, self.settings, lambda doing: self.progress(Event(doing, 0, 0)))
-
-    def _evaluate(self, evaluator: Evaluator, store: Store, feasible: Feasible) -> None:
-        """Drive the strategy; children that the store knows are not evaluated again."""
-        settings, split, task = self.settings, self.run.dataset.split("search_val"), self.run.task
-        strategy = CoarseToFine(
-            self.space, feasible, seed=settings.seed, coarse=settings.coarse, fine=settings.fine, parents=settings.parents,
-            batch=settings.batch, mutation_rate=settings.mutation_rate,
-        )  # fmt: skip
-        done = 0
-        while asked := strategy.ask():
-            results = []
-            for stage, arch in asked:
-                row = store.get(arch.key)
-                if row is None:
-                    start = time.perf_counter()
-                    scores = evaluator.evaluate(arch, split)
-                    costs = {name: float(values[0]) for name, values in feasible.costs.all(self.space.encode([arch])).items()}
-                    row = Row(arch.key, arch.to_json(), stage, task.estimate(scores).value, task.pack(scores), len(scores), costs,
-                              time.perf_counter() - start)  # fmt: skip
-                    store.add([row])
-                results.append((arch, row.score))
-                done += 1
-                self.progress(Event(f"evaluating: {stage}", done, settings.coarse + settings.fine + 2))
-            strategy.tell(results)
-
-    def _choose(self, bench: Bench, feasible: Feasible, rows: dict[Arch, Row]) -> Found:
-        """Measure finalists, the best first, until some meet the budgets; of those the best on search-val and confirm together.
-
-        Children of equal score are ordered by cost, so of equals the cheapest wins.
-        """
-        archs = list(rows)
-        costs = dict(zip(archs, feasible.main_cost(self.space.encode(archs)), strict=True))
-        ranked = sorted((arch for arch in archs if feasible.admits(arch)), key=lambda arch: (-rows[arch].score, costs[arch]))
-        if self.space.smallest not in ranked:
-            ranked.append(self.space.smallest)  # it meets every budget, or `refuse_impossible` had spoken
-        ends, measured, accepted = [self.space.smallest, self.space.largest], dict[str, Latency](), list[Arch]()
-        for start in range(0, ROUNDS_OF_FINALISTS * self.settings.finalists, self.settings.finalists):
-            group = ranked[start : start + self.settings.finalists]
-            if start + self.settings.finalists >= ROUNDS_OF_FINALISTS * self.settings.finalists:
-                group = [*group, self.space.smallest]
-            self.progress(Event("measuring finalists", len(rows), len(rows)))
-            measured |= bench.measure([*ends, *group])
-            accepted = [
-                arch for arch in dict.fromkeys(group) if meets(self.budgets, dict(rows[arch].costs), measured[arch.key])
-            ]
-            if accepted or not group:
-                break
-            self.notes.append(f"{len(group)} finalists missed the budget when measured; the next were tried")
-        if not accepted:
-            raise InputError(f"no evaluated child meets {', '.join(map(str, self.budgets))} by measurement; the smallest takes up to "
-                             f"{measured[self.space.smallest.key].high:.4g} ms now: raise the budget")  # fmt: skip
-        return self._outcome(bench, feasible, rows, accepted, measured)
-
-    def _outcome(
-        self, bench: Bench, feasible: Feasible, rows: dict[Arch, Row], accepted: list[Arch], measured: dict[str, Latency]
-    ) -> Found:
-        ends = [self.space.smallest, self.space.largest]
-        confirmed = bench.confirm(list(dict.fromkeys([*accepted, *ends])))
-        task = self.run.task
-        searched = {arch: task.unpack(row.scores, row.images) for arch, row in rows.items()}
-        archs = list(rows)
-        table = feasible.table(self.space.encode(archs))
-        main = dict(zip(archs, feasible.main_cost(self.space.encode(archs)), strict=True))
-        final = {arch: pooled(searched[arch], confirmed[arch.key]) for arch in accepted}
-        best = min(accepted, key=lambda arch: (-final[arch], main[arch]))
-        children = {}
-        for arch in dict.fromkeys([*accepted, *ends]):
-            position = archs.index(arch)
-            predicted = float(table["latency_ms"][position]) if "latency_ms" in table else None
-            children[arch] = Child(
-                self.run.path, arch, dict(rows[arch].costs), rows[arch].score, task.estimate(confirmed[arch.key]).value, predicted,
-                measured[arch.key],
-            )  # fmt: skip
-        self._remark(
-            task.compare(confirmed[best.key], confirmed[ends[1].key]).p_value if best != ends[1] else None,
-            "largest child of the space",
+    def _known(self, store: Store, costs: Costs, evaluator: Evaluator) -> Known:
+        split = self.run.dataset.split("search_val")
+        steps = steps_of(self.run, self.settings)
+        advancing = self.advancing or SharedEvaluator(evaluator, split, steps)
+        return Known(
+            self.space, self.run.task, store, advancing, steps, costs, self.objective, split.labels, len(self.run.classes)
         )
-        others = [arch for arch in accepted if arch != best]
-        if others:
-            second = min(others, key=lambda arch: (-final[arch], main[arch]))
-            self._remark(task.compare(confirmed[best.key], confirmed[second.key]).p_value, "second finalist")
-        resolutions = {self.space.resolution(arch) for arch in archs}
-        if task.own_images and len(resolutions) > 1:
-            self.notes.append(
-                f"every child is scored on images of its own resolution ({min(resolutions)} to {max(resolutions)} px here), so scores "
-                "of different resolutions are not of the same images"
-            )
-        front = pareto.front([rows[arch].score for arch in archs], [[main[arch]] for arch in archs])
-        return Found(
-            self.run.path, tuple(str(budget) for budget in self.budgets), children[best], children[ends[0]], children[ends[1]],
-            tuple(children[arch] for arch in accepted), tuple(archs[position].key for position in front), len(rows), tuple(self.notes),
-            self.run.weights_hash,
-        )  # fmt: skip
 
-    def _remark(self, p_value: float | None, other: str) -> None:
-        if p_value is not None:
-            verdict = "no significant difference" if p_value >= 0.05 else "a significant difference"
-            self.notes.append(f"chosen child and {other}: {verdict} on the confirm images (p = {p_value:.3g})")
+    def _refuse_impossible(self, latencies: Mapping[str | None, float], feasible: Feasible) -> None:
+        for want in self.wanted:
+            refuse_impossible(self.space, (*self.budgets, *want.budgets), latencies, feasible)
+
+    def _feasible(self, models: Mapping[str | None, LatencyModel]) -> Feasible:
+        return Feasible(self.space, self.costs, self.budgets, models)
+
+    @cached_property
+    def costs(self) -> Costs:
+        return Costs(self.space)
+
+    def _latency_models(self) -> dict[str | None, LatencyModel]:
+        """Measured once per machine and space; only where a budget asks for it."""
+        if not self.timed:
+            return {}
+        self.progress(Event("timing the smallest child", 0, 0))
+        timed = {name: self.asked.targets[name] for name in sorted(self.timed, key=lambda name: name or "")}
+        least = {name: smallest_latency_ms(self.space, target) for name, target in timed.items()}
+        self._refuse_impossible(least, self._feasible({}))
+        models = {
+            name: latency_model(self.run, target, self.settings, lambda doing: self.progress(Event(doing, 0, 0)))
+            for name, target in timed.items()
+        }
+        self._refuse_impossible(least, self._feasible(models))
+        return models
+
+    def _front(self, feasible: Feasible) -> list[Wanted]:
+        """The caps of the main cost that children are wanted for."""
+        count = self.asked.front
+        found = caps(feasible, count, np.random.default_rng([self.settings.seed, 3]))
+        return [Wanted(f"front {number} of {count}", (cap,)) for number, cap in enumerate(found, 1)]
+
+    def _strategy(self, feasible: Feasible, evaluator: Evaluator | None) -> Strategy:
+        """What the settings name; without an evaluator only to see whether they are right."""
+        settings, more = self.settings, dict[str, Any]()
+        if settings.strategy == "relax":
+            more["relaxable"] = frozen(evaluator, settings.seed) if evaluator else object()
+        return make(settings.strategy, self.space, feasible, seed=settings.seed, **settings.options, **more)
+
+    def _engine(self, known: Known, feasible: Feasible, front: list[Wanted], evaluator: Evaluator) -> Engine:
+        settings = self.settings
+        self.wanted += front
+        zones = [want.budgets for want in self.wanted]
+        if not front:
+            zones += [(cap,) for cap in caps(feasible, settings.zones, np.random.default_rng([settings.seed, 3]))]
+        phases = [
+            Phase("random", lambda _: make("random", self.space, feasible, seed=settings.seed), settings.random),
+            Phase(settings.strategy, lambda _: self._strategy(feasible, evaluator), settings.evaluations),
+            Phase("polish", lambda starts: make("local", self.space, feasible, seed=settings.seed, starts=starts), settings.polish,
+                  whole=True),
+        ]  # fmt: skip
+        told = json.dumps({
+            "zones": [[str(budget) for budget in zone] for zone in zones], "budgets": list(map(str, self.budgets)),
+            "objective": self.objective.name, "settings": settings.model_dump(mode="json", exclude={"name", "finalists"}),
+            "targets": {str(name): self.asked.targets[name].fingerprint()["hash"] for name in self.timed},
+        }, sort_keys=True)  # fmt: skip
+        return Engine(hashlib.sha256(told.encode()).hexdigest()[:16], known, feasible, zones, phases, settings.batch,
+                      self.progress)  # fmt: skip
 
 
-def identity(run: Run) -> dict[str, str]:
-    """What the rows of a store belong to: other weights, data or settings make other scores."""
+def frozen(evaluator: Evaluator, seed: int) -> Relaxable:
+    """Losses of a run's children on the images that they are calibrated by, for strategies that descend on them."""
+    from search.strategies.relax import FrozenSupernet
+
+    supernet, train = evaluator.supernet, evaluator.train
+    pixels = train.pixels(supernet.space.largest_resolution, evaluator.calibration_images)
+    device = next(supernet.parameters()).device
+    mean, std = (torch.tensor(value, device=device).view(1, -1, 1, 1) for value in (train.mean, train.std))
+
+    def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen = np.random.default_rng([seed, step]).permutation(len(pixels))[:RELAXED_BATCH]
+        images = normalised(torch.from_numpy(pixels[chosen]).to(device).permute(0, 3, 1, 2), mean, std)
+        return images, evaluator.task.targets(images, torch.from_numpy(train.labels[chosen]).to(device))
+
+    return FrozenSupernet(supernet, evaluator.task, batch)
+
+
+def steps_of(run: Run, settings: SearchConfig) -> tuple[Rung, ...]:
+    """The rungs of a search of a run."""
+    images, train = len(run.dataset.splits.search_val), len(run.dataset.splits.train)
+    calibration = min(train, settings.calibration_images or run.recipe.calibration_images)
+    first = settings.first_rung if settings.race else images
+    return rungs(images, calibration, first=first, factor=settings.rung_factor)
+
+
+def identity(run: Run, settings: SearchConfig) -> dict[str, str]:
+    """What the rows of a store belong to: other weights, data or rungs make other scores."""
     return {
         "task": run.task.name,
         "space": run.space.key,
         "weights": run.weights_hash,
         "data": str(run.data["fingerprint"]),
-        "evaluation": json.dumps({"calibration_images": run.recipe.calibration_images, "crop": run.recipe.crop,
-                                  "images": len(run.dataset.splits.search_val)}),
+        "evaluation": json.dumps({
+            "crop": run.recipe.crop, "images": len(run.dataset.splits.search_val),
+            "rungs": [[step.images, step.calibration_images] for step in steps_of(run, settings)],
+        }),
     }  # fmt: skip
 
 

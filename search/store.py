@@ -1,6 +1,9 @@
-"""The search's SQLite file: every evaluated child, its result on the confirm split and its measured latencies.
+"""The search's SQLite file: every evaluated child, its result on the confirm split, its measured latencies, and how far searches are.
 
-Safe against `kill -9` and against several processes writing at once: a write-ahead log, and every `add` is one transaction.
+Safe against `kill -9` and against several processes writing at once: a write-ahead log, and every method that writes is one
+transaction. The log is not synced at each commit (`synchronous = NORMAL`): when the machine itself loses power, the last
+transactions, of at most the seconds since the system last wrote the log out, may be lost, each as a whole and none before an earlier
+one; the file stays sound.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import dataclasses
 import json
 import math
 import operator
+import os
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +26,7 @@ from typing import Any, ClassVar, TypeVar
 from supernet.durable import sync_folder
 from supernet.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 BUSY_TIMEOUT_MS = 60_000
 """How long a write waits for another process; a transaction here takes milliseconds."""
 
@@ -34,31 +38,40 @@ def now() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A child evaluated on the search split. `score` is larger for better; `scores` are the Task's packed per-sample scores."""
+    """A child evaluated on the first `images` of the search split, up to this `rung` of its race.
+
+    `arch` is its canonical JSON, `stage` the strategy's that asked for it, `samples` what the task packed of every image, and `score`
+    the value of the task's default metric on these images (larger is better). `macs_spent` and `seconds` are all that evaluating it
+    took up to this rung.
+    """
 
     TABLE: ClassVar[str] = "children"
     KEYS: ClassVar[tuple[str, ...]] = ("key",)
+    CONFLICT: ClassVar[str] = "DO UPDATE SET {excluded} WHERE excluded.rung > children.rung"
 
     key: str
     arch: str
     stage: str
-    score: float
-    scores: bytes
+    rung: int
+    samples: bytes
     images: int
+    score: float
     costs: Mapping[str, float]
+    macs_spent: float
     seconds: float
     created: str = dataclasses.field(default_factory=now)
 
 
 @dataclass(frozen=True, slots=True)
 class Confirmed:
-    """A child's result on the confirm split."""
+    """A child's result on the confirm split; `samples` and `score` as a `Row`'s."""
 
     TABLE: ClassVar[str] = "confirmed"
     KEYS: ClassVar[tuple[str, ...]] = ("key",)
+    CONFLICT: ClassVar[str] = "DO NOTHING"
 
     key: str
-    scores: bytes
+    samples: bytes
     score: float
     images: int
 
@@ -69,6 +82,7 @@ class Measurement:
 
     TABLE: ClassVar[str] = "measurements"
     KEYS: ClassVar[tuple[str, ...]] = ("key", "target")
+    CONFLICT: ClassVar[str] = "DO NOTHING"
 
     key: str
     target: str
@@ -81,16 +95,36 @@ class Measurement:
 
 Record = TypeVar("Record", Row, Confirmed, Measurement)
 
+
+@dataclass(frozen=True, slots=True)
+class SavedSearch:
+    """How far a search is: the last generation saved, its strategy's state, and all that the strategy was told, in order.
+
+    `told` is of (generation, key, rung); what a rung means for a child that failed is the writer's affair.
+    """
+
+    generation: int
+    state: dict[str, Any]
+    told: list[tuple[int, str, int]]
+
+
+# `samples` stand last: a long value continues on other pages, which are then not read for the columns before it.
 _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE children (
-    key TEXT PRIMARY KEY NOT NULL, arch TEXT NOT NULL, stage TEXT NOT NULL, score REAL NOT NULL, scores BLOB NOT NULL,
-    images INTEGER NOT NULL, costs TEXT NOT NULL, seconds REAL NOT NULL, created TEXT NOT NULL);
-CREATE TABLE confirmed (key TEXT PRIMARY KEY NOT NULL, scores BLOB NOT NULL, score REAL NOT NULL, images INTEGER NOT NULL);
+    key TEXT PRIMARY KEY NOT NULL, arch TEXT NOT NULL, stage TEXT NOT NULL, rung INTEGER NOT NULL, images INTEGER NOT NULL,
+    score REAL NOT NULL, costs TEXT NOT NULL, macs_spent REAL NOT NULL, seconds REAL NOT NULL, created TEXT NOT NULL,
+    samples BLOB NOT NULL);
+CREATE TABLE confirmed (key TEXT PRIMARY KEY NOT NULL, score REAL NOT NULL, images INTEGER NOT NULL, samples BLOB NOT NULL);
 CREATE TABLE measurements (
     key TEXT NOT NULL, target TEXT NOT NULL, latency_ms REAL NOT NULL, latency_ms_low REAL NOT NULL,
     latency_ms_high REAL NOT NULL, detail TEXT NOT NULL, created TEXT NOT NULL, PRIMARY KEY (key, target));
+CREATE TABLE searches (id TEXT PRIMARY KEY NOT NULL, generation INTEGER NOT NULL, state TEXT NOT NULL, saved TEXT NOT NULL);
+CREATE TABLE told (
+    search TEXT NOT NULL, generation INTEGER NOT NULL, position INTEGER NOT NULL, key TEXT NOT NULL, rung INTEGER NOT NULL,
+    PRIMARY KEY (search, generation, position)) WITHOUT ROWID;
 """
+_TABLES = {"meta", "children", "confirmed", "measurements", "searches", "told"}
 
 
 class Store:
@@ -127,55 +161,68 @@ class Store:
             return cls(path, connection, _read_meta(path, connection))
 
     def add(self, rows: Sequence[Row]) -> int:
-        """Write evaluated children in one transaction; those whose key is there already are left as they are.
+        """Write evaluated children in one transaction. One that is there already is replaced if the new row's rung is higher.
 
-        Returns how many were new. When it returns, the rows survive the death of this process.
+        Returns how many were new or replaced. When it returns, the rows survive the death of this process.
         """
         return self._insert(Row, rows)
 
     def get(self, key: str) -> Row | None:
         """Find the evaluated child of that key."""
-        return self._one(Row, (key,))
+        found = self._select(Row, where="WHERE key = ?", values=(key,))
+        return found[0] if found else None
 
-    def rows(self) -> list[Row]:
-        """Every evaluated child, in the order of insertion."""
-        return self._all(Row)
-
-    def keys(self) -> set[str]:
-        """Give the keys of all evaluated children."""
-        return {key for (key,) in self._keys(Row)}
+    def rows(self, *, samples: bool = True) -> list[Row]:
+        """Every evaluated child, in the order of first insertion; without `samples` these are empty and not read from the disk."""
+        return self._select(Row, without=() if samples else ("samples",))
 
     def add_confirmed(self, rows: Sequence[Confirmed]) -> int:
-        """Write results on the confirm split; as `add`."""
+        """Write results on the confirm split in one transaction, but for those that are there. Returns how many were new."""
         return self._insert(Confirmed, rows)
 
-    def get_confirmed(self, key: str) -> Confirmed | None:
-        """Find the result of that key on the confirm split."""
-        return self._one(Confirmed, (key,))
-
-    def confirmed(self) -> list[Confirmed]:
-        """Every result on the confirm split, in the order of insertion."""
-        return self._all(Confirmed)
-
-    def confirmed_keys(self) -> set[str]:
-        """Give the keys of all children confirmed."""
-        return {key for (key,) in self._keys(Confirmed)}
+    def confirmed(self, *, samples: bool = True) -> list[Confirmed]:
+        """Every result on the confirm split, in the order of insertion; `samples` as in `rows`."""
+        return self._select(Confirmed, without=() if samples else ("samples",))
 
     def add_measurements(self, rows: Sequence[Measurement]) -> int:
-        """Write measured latencies, one for each key and target; as `add`."""
+        """Write measured latencies, one for each key and target; as `add_confirmed`."""
         return self._insert(Measurement, rows)
-
-    def get_measurement(self, key: str, target: str) -> Measurement | None:
-        """Find the latency of that key on that target."""
-        return self._one(Measurement, (key, target))
 
     def measurements(self) -> list[Measurement]:
         """Every measured latency, in the order of insertion."""
-        return self._all(Measurement)
+        return self._select(Measurement)
 
-    def measurement_keys(self) -> set[tuple[str, str]]:
-        """Give the (key, target) of all measured latencies."""
-        return {(key, target) for key, target in self._keys(Measurement)}
+    def save_search(self, id: str, generation: int, state: Mapping[str, Any], told: Sequence[tuple[str, int]]) -> None:
+        """Save in one transaction what the strategy is after `generation`, and the (key, rung) pairs that it was told in it.
+
+        Raises `InputError` where this generation or a later one is saved already: another process runs the same search.
+        """
+        text = json.dumps(state, allow_nan=False)
+        pairs = [
+            (id, operator.index(generation), place, str(key), operator.index(rung)) for place, (key, rung) in enumerate(told)
+        ]
+        with _explained(self.path), _transaction(self._connection) as connection:
+            saved = connection.execute("SELECT generation FROM searches WHERE id = ?", (id,)).fetchone()
+            if saved is not None and saved[0] >= generation:
+                raise InputError(
+                    f"{self.path}: generation {generation} of search {id} comes after {saved[0]}, which is saved already: stop the "
+                    "other process that runs this search, then search again, which repeats no evaluation"
+                )
+            connection.execute(
+                "INSERT OR REPLACE INTO searches VALUES (?, ?, ?, ?)", (id, operator.index(generation), text, now())
+            )
+            connection.executemany("INSERT INTO told VALUES (?, ?, ?, ?, ?)", pairs)
+
+    def search(self, id: str) -> SavedSearch | None:
+        """What `save_search` wrote last for this search, and all that its strategy was told; None where it never saved."""
+        with _explained(self.path), _transaction(self._connection, "DEFERRED") as connection:  # both tables as of one moment
+            saved = connection.execute("SELECT generation, state FROM searches WHERE id = ?", (id,)).fetchone()
+            told = connection.execute(
+                "SELECT generation, key, rung FROM told WHERE search = ? ORDER BY generation, position", (id,)
+            ).fetchall()
+        if saved is None:
+            return None
+        return SavedSearch(saved[0], self._json(saved[1], f"state of search {id}"), told)
 
     def close(self) -> None:
         """Close the file; a second time does nothing."""
@@ -188,39 +235,41 @@ class Store:
         self.close()
 
     def _insert(self, kind: type[Record], records: Sequence[Record]) -> int:
-        # DO NOTHING and not OR IGNORE: the latter would also drop, silently, a row whose score is NaN (SQLite's NULL)
-        marks = ", ".join("?" for _ in dataclasses.fields(kind))
-        names = ", ".join(field.name for field in dataclasses.fields(kind))
-        statement = f"INSERT INTO {kind.TABLE} ({names}) VALUES ({marks}) ON CONFLICT ({', '.join(kind.KEYS)}) DO NOTHING"
+        # ON CONFLICT and not OR IGNORE: the latter would also drop, silently, a row whose score is NaN (SQLite's NULL)
+        names = [field.name for field in dataclasses.fields(kind)]
+        conflict = kind.CONFLICT.format(excluded=", ".join(f"{name} = excluded.{name}" for name in names))
+        statement = (
+            f"INSERT INTO {kind.TABLE} ({', '.join(names)}) VALUES ({', '.join('?' for _ in names)}) "
+            f"ON CONFLICT ({', '.join(kind.KEYS)}) {conflict}"
+        )
         values = [_encode(record) for record in records]
-        with _explained(self.path), _transaction(self._connection):
-            before = self._connection.total_changes
-            self._connection.executemany(statement, values)
-            return self._connection.total_changes - before
+        with _explained(self.path), _transaction(self._connection) as connection:
+            before = connection.total_changes
+            connection.executemany(statement, values)
+            return connection.total_changes - before
 
-    def _one(self, kind: type[Record], keys: tuple[str, ...]) -> Record | None:
-        found = self._select(kind, "*", f"WHERE {' AND '.join(f'{name} = ?' for name in kind.KEYS)}", keys)
-        return self._decode(kind, found[0]) if found else None
-
-    def _all(self, kind: type[Record]) -> list[Record]:
-        return [self._decode(kind, values) for values in self._select(kind, "*", "ORDER BY rowid")]
-
-    def _keys(self, kind: type[Record]) -> list[tuple[Any, ...]]:
-        return self._select(kind, ", ".join(kind.KEYS))
-
-    def _select(self, kind: type[Record], what: str, rest: str = "", values: tuple[str, ...] = ()) -> list[tuple[Any, ...]]:
-        names = ", ".join(field.name for field in dataclasses.fields(kind)) if what == "*" else what
+    def _select(
+        self, kind: type[Record], where: str = "", values: tuple[str, ...] = (), without: tuple[str, ...] = ()
+    ) -> list[Record]:
+        names = [field.name for field in dataclasses.fields(kind)]
+        columns = ", ".join("x''" if name in without else name for name in names)
         with _explained(self.path):
-            return self._connection.execute(f"SELECT {names} FROM {kind.TABLE} {rest}", values).fetchall()
+            found = self._connection.execute(f"SELECT {columns} FROM {kind.TABLE} {where} ORDER BY rowid", values).fetchall()
+        return [self._decode(kind, dict(zip(names, row, strict=True))) for row in found]
 
-    def _decode(self, kind: type[Record], values: tuple[Any, ...]) -> Record:
-        named = {field.name: value for field, value in zip(dataclasses.fields(kind), values, strict=True)}
+    def _decode(self, kind: type[Record], named: dict[str, Any]) -> Record:
         for name in {"costs", "detail"} & named.keys():
-            try:
-                named[name] = json.loads(named[name])
-            except (ValueError, TypeError) as error:
-                raise _damaged(self.path, f"{name} of {named['key']} is not JSON") from error
+            named[name] = self._json(named[name], f"{name} of {named['key']}")
         return kind(**named)
+
+    def _json(self, text: Any, what: str) -> dict[str, Any]:
+        try:
+            value = json.loads(text)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise _damaged(self.path, f"{what} is not JSON") from error
+        if not isinstance(value, dict):
+            raise _damaged(self.path, f"{what} is no JSON object")
+        return value
 
 
 _COLUMN: Mapping[str, Callable[[Any], object]] = {
@@ -246,7 +295,10 @@ def _encode(record: Row | Confirmed | Measurement) -> tuple[object, ...]:
 def _checked_connection(path: Path) -> Iterator[sqlite3.Connection]:
     """Connect and check the file; the connection stays open when the body succeeds."""
     with _explained(path):
-        connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_MS / 1000, isolation_level=None)  # we say BEGIN ourselves
+        name = path.absolute().as_uri() + ("?immutable=1" if _never_written(path) else "")
+        connection = sqlite3.connect(
+            name, uri=True, timeout=BUSY_TIMEOUT_MS / 1000, isolation_level=None
+        )  # we say BEGIN ourselves
         try:
             connection.execute("PRAGMA synchronous = NORMAL")
             verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
@@ -258,6 +310,12 @@ def _checked_connection(path: Path) -> Iterator[sqlite3.Connection]:
             raise
 
 
+def _never_written(path: Path) -> bool:
+    """Whether it lies on a read-only disk, all of its log merged: SQLite then reads it, for no lock and no log can be made there."""
+    log = path.with_name(f"{path.name}-wal")
+    return path.is_file() and bool(os.statvfs(path.parent).f_flag & os.ST_RDONLY) and not (log.exists() and log.stat().st_size)
+
+
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
     """Turn what SQLite says about the file into an `InputError` with a remedy."""
@@ -266,6 +324,8 @@ def _explained(path: Path) -> Iterator[None]:
     except sqlite3.ProgrammingError:  # used after close, or from another thread: a bug of the caller
         raise
     except sqlite3.OperationalError as error:
+        if "decode" in str(error):  # a text that is no longer UTF-8
+            raise _damaged(path, " ".join(str(error).split())) from error
         raise InputError(
             f"{path}: SQLite cannot use this file ({error}): check that its folder exists, that it may be written, that the "
             "disk has room and that no other program holds it"
@@ -281,15 +341,16 @@ def _damaged(path: Path, reason: str) -> InputError:
 
 
 @contextlib.contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+def _transaction(connection: sqlite3.Connection, kind: str = "IMMEDIATE") -> Iterator[sqlite3.Connection]:
     """All or nothing. IMMEDIATE takes the write lock first, so that waiting for another writer cannot end in a deadlock."""
-    connection.execute("BEGIN IMMEDIATE")
+    connection.execute(f"BEGIN {kind}")
     try:
-        yield
+        yield connection
+        connection.execute("COMMIT")
     except BaseException:
-        connection.execute("ROLLBACK")
+        if connection.in_transaction:  # SQLite may have rolled back by itself, as on a full disk
+            connection.execute("ROLLBACK")
         raise
-    connection.execute("COMMIT")
 
 
 def _tables(connection: sqlite3.Connection) -> set[str]:
@@ -319,14 +380,17 @@ def _create(path: Path, identity: Mapping[str, str]) -> None:
 
 def _read_meta(path: Path, connection: sqlite3.Connection) -> dict[str, str]:
     """Read the identity that the file was made for, once its format is known to be ours."""
-    if not {"meta", Row.TABLE, Confirmed.TABLE, Measurement.TABLE} <= _tables(connection):
+    tables = _tables(connection)
+    if not {"meta", "children"} <= tables:
         raise InputError(f"{path}: is an SQLite file, but not a search's: give another path, or move this file away")
     meta = dict(connection.execute("SELECT name, value FROM meta"))
     if meta.get("format") != str(FORMAT):
         raise InputError(
             f"{path}: has format {meta.get('format')}, this version reads format {FORMAT}: "
-            "use the version that wrote it, or search again with that file moved away"
+            "move that file away and search again, or use the version that wrote it"
         )
+    if not tables >= _TABLES:
+        raise _damaged(path, f"it lacks {', '.join(sorted(_TABLES - tables))}")
     try:
         return {str(name): str(value) for name, value in json.loads(meta["identity"]).items()}
     except (KeyError, ValueError, TypeError, AttributeError) as error:

@@ -15,10 +15,11 @@ from deploy.ship import ship, shipped_already
 from deploy.targets import Local
 from search.budget import parse_all
 from search.commands import search_shown
-from search.feasible import refuse_impossible
 from search.found import Child, Found
-from search.loop import SearchConfig, latency_model, load_search_config, smallest_latency_ms
+from search.loop import Asked, latency_model, smallest_latency_ms
+from search.reach import refuse_impossible
 from search.report.content import report_of
+from search.settings import SearchConfig, load_search_config
 from supernet import device as devices
 from supernet import durable
 from supernet import start as starting
@@ -72,7 +73,9 @@ class _Way:
             run = self._trained()
         budgets = self._budgets(run, settings)
         with self._timed("search"):
-            found = search_shown(run, budgets, settings, self.way.threads, self.device, self.display)
+            asked = Asked(tuple(budgets), settings=settings, targets={None: self.target})
+            found = search_shown(run, asked, self.device, self.display)
+            assert found is not None
         with self._timed("export"):
             bundle = self._exported(run, found)
         with self._timed("test"):
@@ -108,7 +111,7 @@ class _Way:
         """Budgets that no child can meet end here, before hours of training."""
         budgets = parse_all(list(self.way.budgets))
         timed = any(budget.metric == "latency_ms" for budget in budgets)
-        refuse_impossible(space, budgets, smallest_latency_ms(space, self.target) if timed else None)
+        refuse_impossible(space, budgets, {None: smallest_latency_ms(space, self.target)} if timed else {})
 
     def _budgets(self, run: Run, settings: SearchConfig) -> list[str]:
         if not self.way.middle:
@@ -122,7 +125,7 @@ class _Way:
         return [f"latency_ms<={middle:.4g}"]
 
     def _exported(self, run: Run, found: Found) -> Bundle:
-        latencies = [found.best.latency.as_dict()] if found.best.latency else []
+        latencies = [latency.as_dict() for latency in found.best.latencies.values()]
         with self.display.stage("export"):
             bundle = shipped_already(run, found.best.arch, run.path / "bundle", latencies)
             if bundle is not None:
@@ -199,12 +202,13 @@ def _result(run: Run, found: Found, tested: Mapping[str, Estimate], seconds: Map
         children[name] = {
             "key": child.key, metric: estimate.value, f"{metric}_low": estimate.low, f"{metric}_high": estimate.high,
             "macs": int(child.costs["macs"]), "params": int(child.costs["params"]),
-            "peak_memory_bytes": int(child.costs["peak_memory_bytes"]), "predicted_latency_ms": child.predicted_latency_ms,
+            "peak_memory_bytes": int(child.costs["peak_memory_bytes"]), "model_size_bytes": int(child.costs["model_size_bytes"]),
+            "predicted_latency_ms": child.predicted_latency_ms,
             "latency_ms": latency.latency_ms, "latency_ms_low": latency.low, "latency_ms_high": latency.high,
         }  # fmt: skip
     return {
-        "format": 1, "task": run.task.name, "metric": metric, **children,
-        "budget": {budget.metric: budget.bound for budget in parse_all(list(found.budgets))},
+        "format": 2, "task": run.task.name, "metric": metric, **children,
+        "budgets": list(found.budgets),
         "images": tested["chosen"].images, "evaluated": found.evaluated, "weights_sha256": run.weights_hash,
         "test_reads": run.test_reads, "notes": list(found.notes), "seconds": dict(seconds),
     }  # fmt: skip

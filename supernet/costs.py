@@ -7,8 +7,10 @@ second formula). The cost of a million archs is then a gather and a sum over int
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,15 +20,20 @@ from supernet.family import BlockSpec, Codes, Slot, block_cost, variants
 from supernet.operations import BlockCost
 from supernet.space import Space
 
-METRICS = ("macs", "params", "peak_memory_bytes")
-"""Known in closed form. `macs` are multiply-accumulates at batch 1 (what papers call FLOPs)."""
+METRICS = ("macs", "params", "peak_memory_bytes", "model_size_bytes")
+"""Known in closed form, whole numbers.
+
+`macs`: multiply-accumulates at batch 1 (what papers call FLOPs). `params`: with scale and shift of batch norms. `peak_memory_bytes`:
+largest sum of live fp32 activations at batch 1. `model_size_bytes`: weights of the exported ONNX file, fp32, batch norm folded; the
+file has the graph on top (some hundred bytes a node).
+"""
 
 MOST_ROWS = 20_000
 """Combinations of a group of slots that are all counted beforehand; beyond it (operations on many edges) as they are asked for."""
 
 
 def arch_costs(space: Space, arch: Arch) -> dict[str, int]:
-    """`macs`, `params` and `peak_memory_bytes` of one arch at batch 1."""
+    """Every metric of `METRICS` of one arch."""
     return dict(zip(METRICS, space.costs(arch), strict=True))
 
 
@@ -36,32 +43,41 @@ class Costs:
     def __init__(self, space: Space) -> None:
         self.space = space
         self.feature_names = tuple(sorted({name for spec in set(_covering(space)) for name, _ in block_cost(spec).features}))
-        self._macs, self._params, self._peak = _tables(space, (
-            (lambda cost: cost.macs, np.add), (lambda cost: cost.params, np.add), (lambda cost: cost.peak_memory_bytes, np.maximum)
-        ))  # fmt: skip
+        self._joins = {name: np.maximum if name == "peak_memory_bytes" else np.add for name in METRICS}
+        counted = _tables(space, [(attrgetter(name), join) for name, join in self._joins.items()])
+        self._counted = dict(zip(METRICS, counted, strict=True))
         self._features: list[list[_Table | _Sparse]] | None = None
 
+    def of(self, metric: str, codes: Codes) -> NDArray[np.int64]:
+        """One metric of `METRICS`, shape (archs,), of codes, shape (archs, dimensions)."""
+        return _gather(self._counted[metric], codes, self._joins[metric])
+
     def macs(self, codes: Codes) -> NDArray[np.int64]:
-        """Multiply-accumulates, shape (archs,), of codes, shape (archs, dimensions)."""
-        return _gather(self._macs, codes, np.add)
+        """Multiply-accumulates, shape (archs,)."""
+        return self.of("macs", codes)
 
     def params(self, codes: Codes) -> NDArray[np.int64]:
         """Parameters (batch-norm scale and shift included), shape (archs,)."""
-        return _gather(self._params, codes, np.add)
-
-    def peak_memory_bytes(self, codes: Codes) -> NDArray[np.int64]:
-        """Largest sum of live fp32 activations at batch 1, shape (archs,)."""
-        return _gather(self._peak, codes, np.maximum)
+        return self.of("params", codes)
 
     def all(self, codes: Codes) -> dict[str, NDArray[np.int64]]:
         """Every metric of `METRICS`, each of shape (archs,)."""
-        return {"macs": self.macs(codes), "params": self.params(codes), "peak_memory_bytes": self.peak_memory_bytes(codes)}
+        return {metric: self.of(metric, codes) for metric in METRICS}
 
     def features(self, codes: Codes) -> NDArray[np.float64]:
         """Number, macs and moved elements of every kind of operator (`feature_names`), shape (archs, features)."""
         if self._features is None:
             self._features = _tables(self.space, [(_feature(name), np.add) for name in self.feature_names])
         return np.stack([_gather(tables, codes, np.add) for tables in self._features], axis=1).astype(np.float64)
+
+    def weighted(self, weights: Mapping[str, float]) -> Callable[[Codes], NDArray[np.float64]]:
+        """A function of codes that gives the sum of `features`, each times its weight, shape (archs,): one gather in place of many."""
+
+        def value(cost: BlockCost) -> float:
+            return sum(weights.get(name, 0.0) * number for name, number in cost.features)
+
+        (tables,) = _tables(self.space, [(value, np.add)], np.float64)
+        return lambda codes: _gather(tables, codes, np.add, np.float64)
 
 
 def _feature(name: str) -> Callable[[BlockCost], float]:
@@ -79,7 +95,7 @@ Metric = tuple[Callable[[BlockCost], float], np.ufunc]
 """What is read off a block's cost, and how it is joined over blocks."""
 
 
-def _tables(space: Space, metrics: Sequence[Metric]) -> list[list[_Table | _Sparse]]:
+def _tables(space: Space, metrics: Sequence[Metric], dtype: type[np.number[Any]] = np.int64) -> list[list[_Table | _Sparse]]:
     """For each metric, per group of slots with the same dimensions, the joined values over the dimensions' choices."""
     order = {dimension.name: column for column, dimension in enumerate(space.dimensions)}
     groups: dict[tuple[int, ...], list[Slot]] = {}
@@ -89,11 +105,11 @@ def _tables(space: Space, metrics: Sequence[Metric]) -> list[list[_Table | _Spar
     for columns, slots in groups.items():
         counts = [len(space.dimensions[column].choices) for column in columns]
         if math.prod(counts) > MOST_ROWS:
-            counted = _Counted(space, columns, slots, tuple(metrics))
+            counted = _Counted(space, columns, slots, tuple(metrics), dtype)
             for position in range(len(metrics)):
                 found[position].append(_Sparse(counted, position))
             continue
-        values = np.zeros((len(metrics), *counts), dtype=np.int64)
+        values = np.zeros((len(metrics), *counts), dtype=dtype)
         for slot in slots:
             for codes, spec in variants(slot, space.by_name, space.family):
                 if spec is not None:
@@ -109,14 +125,13 @@ class _Table:
     """All values of a group of slots."""
 
     columns: tuple[int, ...]
-    values: NDArray[np.int64]
+    values: NDArray[Any]
 
-    def take(self, columns: NDArray[np.int64]) -> NDArray[np.int64]:
+    def take(self, columns: NDArray[np.int64]) -> NDArray[Any]:
         flat = np.zeros(columns.shape[1], dtype=np.int64)
         for column, count in zip(self.columns, self.values.shape, strict=True):
             flat = flat * count + columns[column]
-        found: NDArray[np.int64] = self.values.ravel().take(flat)
-        return found
+        return self.values.ravel().take(flat)
 
 
 @dataclass(frozen=True)
@@ -127,15 +142,16 @@ class _Counted:
     columns: tuple[int, ...]
     slots: list[Slot]
     metrics: tuple[Metric, ...]
-    known: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)
+    dtype: type[np.number[Any]]
+    known: dict[tuple[int, ...], tuple[float, ...]] = field(default_factory=dict)
 
-    def of(self, codes: tuple[int, ...]) -> tuple[int, ...]:
+    def of(self, codes: tuple[int, ...]) -> tuple[float, ...]:
         if codes not in self.known:
             dimensions = [self.space.dimensions[column] for column in self.columns]
             choices = {dimension.name: dimension.choices[code] for dimension, code in zip(dimensions, codes, strict=True)}
             blocks = [block_cost(self.space.family.block(slot, choices)) for slot in self.slots if slot.stands(choices)]
             self.known[codes] = tuple(
-                int(join.reduce([value(block) for block in blocks])) if blocks else 0 for value, join in self.metrics
+                join.reduce([value(block) for block in blocks]).item() if blocks else 0 for value, join in self.metrics
             )
         return self.known[codes]
 
@@ -147,21 +163,23 @@ class _Sparse:
     counted: _Counted
     position: int
 
-    def take(self, columns: NDArray[np.int64]) -> NDArray[np.int64]:
+    def take(self, columns: NDArray[np.int64]) -> NDArray[Any]:
         mine = columns[list(self.counted.columns)]
         order = np.lexsort(mine)  # equal rows come together, much faster than np.unique over rows
         new = np.ones(len(order), dtype=np.bool_)
         new[1:] = (mine[:, order[1:]] != mine[:, order[:-1]]).any(axis=0)
         rows = mine[:, order[new]].T.tolist()
-        values = np.array([self.counted.of(tuple(row))[self.position] for row in rows], dtype=np.int64)
-        found = np.empty(len(order), dtype=np.int64)
+        values = np.array([self.counted.of(tuple(row))[self.position] for row in rows], dtype=self.counted.dtype)
+        found = np.empty(len(order), dtype=self.counted.dtype)
         found[order] = values[np.cumsum(new) - 1]
         return found
 
 
-def _gather(tables: list[_Table | _Sparse], codes: Codes, join: np.ufunc) -> NDArray[np.int64]:
+def _gather(
+    tables: list[_Table | _Sparse], codes: Codes, join: np.ufunc, dtype: type[np.number[Any]] = np.int64
+) -> NDArray[Any]:
     columns = np.ascontiguousarray(np.asarray(codes, dtype=np.int64).T)
-    total = np.zeros(columns.shape[1], dtype=np.int64)
+    total = np.zeros(columns.shape[1], dtype=dtype)
     for table in tables:
         join(total, table.take(columns), out=total)
     return total

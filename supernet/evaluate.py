@@ -5,11 +5,13 @@ In a job of several processes the batches and images are divided among them, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from supernet.arch import Arch
@@ -20,7 +22,7 @@ from supernet.device import fitting_threads
 from supernet.distributed import ALONE, World
 from supernet.model import Supernet
 from supernet.step import normalised
-from supernet.task import Scores, Task
+from supernet.task import Samples, Scores, Task
 
 CALIBRATION_BATCH = 256
 
@@ -53,6 +55,36 @@ class Evaluator:
 
     def scores(self, network: nn.Module, resolution: int, split: SplitImages) -> Scores:
         """The task's score of every image of `split`, shape (images,), in the split's order."""
+        own = self._measured(network, resolution, split, lambda outputs, targets: {"": self.task.scores(outputs, targets)})
+        if self.world.size == 1 and own is not None:
+            return own[""]
+        packed = b"" if own is None else self.task.pack(own[""])
+        return np.concatenate([self.task.unpack(part, count) for part, count in self._of_all(packed, len(split))])
+
+    def samples(self, network: nn.Module, resolution: int, split: SplitImages) -> Samples:
+        """What the network does on every image of `split` (`Task.samples`), columns of shape (images,), in the split's order."""
+        own = self._measured(network, resolution, split, self.task.samples)
+        if self.world.size == 1 and own is not None:
+            return own
+        packed = b"" if own is None else self.task.pack_samples(own)
+        parts = [self.task.unpack_samples(part, count) for part, count in self._of_all(packed, len(split)) if count]
+        none = {name: np.empty(0, np.dtype(dtype).newbyteorder("=")) for name, dtype in self.task.columns.items()}
+        return {name: np.concatenate([empty, *(part[name] for part in parts)]) for name, empty in none.items()}
+
+    def evaluate(self, arch: Arch, split: SplitImages) -> Scores:
+        """Calibrate and score one child."""
+        return self.scores(self.calibrated(arch), self.supernet.space.resolution(arch), split)
+
+    def prepared(self, pixels_nhwc: Tensor) -> Tensor:
+        """uint8 pixels, shape (N, H, W, C), as the children's input: normalised, shape (N, C, H, W), where the weights are."""
+        mean, std = (torch.tensor(value, device=self._device).view(1, -1, 1, 1) for value in (self.train.mean, self.train.std))
+        weight = next(self.supernet.parameters())
+        return normalised(pixels_nhwc.to(weight.device).permute(0, 3, 1, 2), mean, std).to(weight.dtype)
+
+    def _measured(
+        self, network: nn.Module, resolution: int, split: SplitImages, measure: Callable[[Tensor, Tensor], dict[str, Tensor]]
+    ) -> dict[str, NDArray[Any]] | None:
+        """What `measure` makes of outputs and targets, over this process's images of `split`; None where it has none."""
         own = self.world.share(len(split))
         pixels = self._pixels(split, own, resolution)
         labels = torch.from_numpy(split.labels[own.start : own.stop]).to(self._device)
@@ -61,20 +93,13 @@ class Evaluator:
             for position, images in enumerate(self._batches(pixels, self.batch_size)):
                 start = position * self.batch_size
                 targets = self.task.targets(images, labels[start : start + len(images)])
-                found.append(self.task.scores(network(images), targets))
-        return self._of_all(torch.cat(found).cpu().numpy() if found else None, len(split))
+                found.append(measure(network(images), targets))
+        return {name: torch.cat([part[name] for part in found]).cpu().numpy() for name in found[0]} if found else None
 
-    def evaluate(self, arch: Arch, split: SplitImages) -> Scores:
-        """Calibrate and score one child."""
-        return self.scores(self.calibrated(arch), self.supernet.space.resolution(arch), split)
-
-    def _of_all(self, own: Scores | None, images: int) -> Scores:
-        """The scores of the processes one after another; `own` is None where this one has no images."""
-        if self.world.size == 1 and own is not None:
-            return own
-        packed = self.world.gather(b"" if own is None else self.task.pack(own))
-        counts = [len(World(rank, self.world.size).share(images)) for rank in range(self.world.size)]
-        return np.concatenate([self.task.unpack(part, count) for part, count in zip(packed, counts, strict=True)])
+    def _of_all(self, packed: bytes, images: int) -> Iterator[tuple[bytes, int]]:
+        """What every process gives, in the order of ranks, with its number of images."""
+        for rank, part in enumerate(self.world.gather(packed)):
+            yield part, len(World(rank, self.world.size).share(images))
 
     def _pixels(self, split: SplitImages, own: range, resolution: int) -> Tensor:
         """This process's images of `split`, shape (images, H, W, C); the others are not even read."""
@@ -97,6 +122,5 @@ class Evaluator:
         return next(self.supernet.parameters()).device
 
     def _batches(self, pixels_nhwc: Tensor, size: int) -> Iterator[Tensor]:
-        mean, std = (torch.tensor(value, device=self._device).view(1, -1, 1, 1) for value in (self.train.mean, self.train.std))
         for part in torch.split(pixels_nhwc, max(1, size)) if len(pixels_nhwc) else ():
-            yield normalised(part.to(self._device).permute(0, 3, 1, 2), mean, std)
+            yield self.prepared(part)

@@ -168,7 +168,7 @@ class Family(ABC):
     @property
     def bounded(self) -> tuple[str, ...]:
         """Costs of which no network has more than the teacher. Less than the smallest has none, of any cost."""
-        return ("macs", "params", "peak_memory_bytes")
+        return ("macs", "params", "peak_memory_bytes", "model_size_bytes")
 
     def canonical(self, codes: Codes) -> Codes:
         """One form for all codes, shape (archs, dimensions), of the same network, beyond choices for blocks that do not stand."""

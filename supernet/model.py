@@ -7,10 +7,12 @@ up where their weights overlap. Nothing here has a mode, and what ties children 
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import lru_cache
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +28,14 @@ from supernet.space import Space
 MOST_BOUND_BLOCKS = 10_000
 """Blocks kept ready; beyond it (a space with free choices in every block) the cache starts anew."""
 
+MOST_TEMPLATES = 2_000
+"""Blocks without values kept ready to be copied: some ten kilobytes each."""
+
 LAYOUT_WARNING = "grad and param do not obey the gradient layout contract"
 """Views are not dense in memory, which autograd remarks upon once; it costs nothing here, since it adds in place."""
+
+
+_CONTAINERS = (dict, list, set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,17 +144,18 @@ class Supernet(nn.Module):
 
         Its batch-norm statistics are not set: calibrate it before `eval()` (`supernet.calibrate`). Same rule as `child`, by copy.
         """
-        stored = dict(self.named_parameters())
-        network = plain(self.space, arch, baked=False)
-        with torch.no_grad():
-            for name, parameter in network.named_parameters():
-                whole = stored[name].detach()
-                part = whole[part_of(whole.shape, parameter.shape)]
-                parameter.data = part.clone(memory_format=torch.contiguous_format)
-        for module in network.modules():  # buffers follow the weights
-            if isinstance(module, _BatchNorm):
-                module.to(device=module.weight.device, dtype=module.weight.dtype)
-        return _baked(self.space, arch, network)
+        network = nn.Sequential()
+        for slot, spec in self.space.plan(arch).items():
+            network.add_module(slot, self.extract_block(slot, spec))
+        return network
+
+    def extract_block(self, slot: str, spec: BlockSpec) -> nn.Module:
+        """One block of a child, as `extract` gives it: what stands in `slot` where a plan says `spec`."""
+        block = _on_meta(spec.geometry)
+        with torch.inference_mode(False), torch.no_grad():
+            _copy_parts(block, self._modules.get(slot))
+            spec.bake(block)
+        return block
 
     def gradient_buffers(self) -> list[GradientBuffer]:
         """Where the gradients of all children are gathered: a buffer for each device and dtype of parameters."""
@@ -248,6 +257,16 @@ def _baked(space: Space, arch: Arch, network: nn.Sequential) -> nn.Sequential:
     return network
 
 
+def twin(spec: BlockSpec, block: nn.Module) -> nn.Module:
+    """A module of its own over the parameters of the extracted `block`, its batch-norm statistics begun anew."""
+    _, copyable = _template(spec.geometry, 0.0)
+    copied = _copied(block) if copyable else copy.deepcopy(block, {id(part): part for part in block.parameters()})
+    with torch.inference_mode(False), torch.no_grad():
+        for module in copied.modules():
+            _begin_statistics(module)
+    return copied
+
+
 def _tie(whole: nn.Parameter, buffer: Tensor, part: nn.Parameter, view: Tensor) -> Callable[[Tensor], None]:
     """A hook that runs just before autograd adds to `part.grad` and makes sure that this addition lands in `whole.grad`."""
 
@@ -281,8 +300,59 @@ def _union(blocks: list[nn.Module]) -> dict[str, tuple[nn.Module, torch.Size]]:
 
 
 def _on_meta(geometry: BlockSpec, drop: float = 0.0) -> nn.Module:
+    """The block with its shapes and no values, built once and copied: building takes longer than all else."""
+    block, copyable = _template(geometry, drop)
+    return _copied(block) if copyable else _built_on_meta(geometry, drop)
+
+
+def _built_on_meta(geometry: BlockSpec, drop: float) -> nn.Module:
     with torch.device("meta"):
         return geometry.build(drop)
+
+
+@lru_cache(maxsize=MOST_TEMPLATES)
+def _template(geometry: BlockSpec, drop: float) -> tuple[nn.Module, bool]:
+    """A block on the meta device, and whether `_copied` copies it wholly: modules stand in one place, attributes are values."""
+    block = _built_on_meta(geometry, drop)
+    modules = [module for _, module in block.named_modules(remove_duplicate=False)]
+    return block, len(set(modules)) == len(modules) and all(_of_values(module) for module in modules)
+
+
+def _of_values(module: nn.Module) -> bool:
+    registries = vars(nn.Module()).keys()
+    return all(name in registries or _is_value(value) for name, value in vars(module).items())
+
+
+def _is_value(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_value, value))
+    return value is None or isinstance(value, bool | int | float | complex | str | torch.dtype | type)
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A module of its own, its submodules too, that holds the same parameters and buffers."""
+    copied = module.__class__.__new__(module.__class__)
+    copied.__dict__ = {name: value.copy() if isinstance(value, _CONTAINERS) else value for name, value in vars(module).items()}
+    for name, child in module._modules.items():
+        copied._modules[name] = None if child is None else _copied(child)
+    return copied
+
+
+def _copy_parts(block: nn.Module, stored: nn.Module | None) -> None:
+    """Give `block` contiguous parameters of its own, parts of those `stored` at the same path, and statistics as torch begins them."""
+    for name, shape in ((name, meta.shape) for name, meta in list(block._parameters.items()) if meta is not None):
+        whole = cast(nn.Module, stored).get_parameter(name).detach()
+        part = whole[part_of(whole.shape, shape)]
+        block._parameters[name] = nn.Parameter(part.clone(memory_format=torch.contiguous_format))
+    _begin_statistics(block)
+    for name, child in block.named_children():
+        _copy_parts(child, None if stored is None else stored._modules.get(name))  # without parameters it has no place
+
+
+def _begin_statistics(module: nn.Module) -> None:
+    if isinstance(module, _BatchNorm):
+        module.running_mean, module.running_var = torch.zeros_like(module.weight), torch.ones_like(module.weight)
+        module.num_batches_tracked = torch.zeros((), dtype=torch.int64, device=module.weight.device)
 
 
 def _register(root: nn.Module, name: str, parameter: nn.Parameter) -> None:

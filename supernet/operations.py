@@ -1,9 +1,9 @@
-"""What a block does, operator by operator: the one source of its macs, parameters and activation memory.
+"""What a block does, operator by operator: the one source of its macs, parameters, memory and size.
 
 A block's `operations()` mirrors its `forward` line by line, as the exported graph runs it (batch norm folded into its
 convolution, swish as sigmoid and product). Everything that counts a network is derived from these lists: `macs` and `params`
-(`supernet/costs.py`), peak memory, the features of a latency model (`deploy/latency.py`) and the graphs that are timed
-(`deploy/probe.py`). What has no method of its own here is recorded with `apply`, by its ONNX name.
+(`supernet/costs.py`), peak memory, the size of the exported weights, the features of a latency model (`deploy/latency.py`) and the
+graphs that are timed (`deploy/probe.py`). What has no method of its own here is recorded with `apply`, by its ONNX name.
 """
 
 from __future__ import annotations
@@ -63,6 +63,11 @@ class Operation:
     params: int = 0
     attributes: tuple[tuple[str, Any], ...] = ()
     constants: tuple[Constant, ...] = ()
+
+    @property
+    def weights(self) -> int:
+        """Numbers that the exported file stores for it; the integers and single numbers of an operator are part of the graph."""
+        return sum(math.prod(constant.shape) for constant in self.constants if constant.shape)
 
 
 @dataclass(slots=True)
@@ -214,6 +219,7 @@ class BlockCost:
     macs: int
     params: int
     peak_memory_bytes: int
+    model_size_bytes: int
     features: tuple[tuple[str, float], ...]
 
 
@@ -224,6 +230,7 @@ def cost_of(operations: Operations) -> BlockCost:
         macs=sum(op.macs for op in listed),
         params=sum(op.params for op in listed),
         peak_memory_bytes=peak_memory(listed),
+        model_size_bytes=BYTES * sum(op.weights for op in listed),
         features=tuple(sorted(_features(listed).items())),
     )
 

@@ -243,9 +243,14 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> TrainC
 
 def with_overrides(value: dict[str, Any], overrides: Mapping[str, Any], what: str) -> TrainConfig:
     """The recipe that `value` describes, `overrides` applied. Raises `InputError` that begins with `what`."""
+    return config.parse(TrainConfig, overridden(value, overrides), what)
+
+
+def overridden(value: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`value`, changed in place: `overrides` go by dotted keys. Raises `InputError` where a key leads through what holds no keys."""
     for key, new in overrides.items():
         _set(value, key, new)
-    return config.parse(TrainConfig, value, what)
+    return value
 
 
 def parse_overrides(texts: list[str]) -> dict[str, Any]:

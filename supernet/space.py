@@ -24,8 +24,8 @@ from supernet.family import BlockSpec, Codes, Dimension, Family, block_cost
 MOST_DRAWS = 1_000
 """Rounds of drawing archs anew where some are no networks; beyond it hardly any is."""
 
-MOST = (10**15, 10**10, 10**11)
-"""macs, params and bytes of live activations of the largest network; no machine trains more with this program."""
+MOST = (10**15, 10**10, 10**11, 4 * 10**10)
+"""macs, params, bytes of live activations and bytes of weights of the largest network; no machine trains more with this program."""
 
 MOST_BLOCKS = 2_000_000
 """Blocks counted over all slots and choices; the largest published spaces have some ten thousands. More would take minutes to cost."""
@@ -72,8 +72,8 @@ class Space:
                 raise InputError(
                     f"a space has at most {MOST_BLOCKS:,} different blocks, this one {blocks:,}: offer fewer choices"
                 )
-        limits = zip(("macs", "params", "bytes of activations at batch 1"), self.costs(self.largest), MOST, strict=True)
-        for name, value, bound in limits:
+        bounded = ("macs", "params", "bytes of activations at batch 1", "bytes of weights")
+        for name, value, bound in zip(bounded, self.costs(self.largest), MOST, strict=True):
             if value > bound:
                 raise InputError(
                     f"the largest network has at most {bound:.0e} {name}, this one {value:.1e}: offer smaller choices"
@@ -89,12 +89,12 @@ class Space:
                         "no smallest network (a shortcut convolution that only some widths have can do this): offer other widths"
                     )
 
-    def costs(self, arch: Arch) -> tuple[int, int, int]:
-        """`macs`, `params` and `peak_memory_bytes` of one arch at batch 1; `supernet.costs` counts many at once."""
+    def costs(self, arch: Arch) -> tuple[int, int, int, int]:
+        """The `METRICS` of `supernet.costs` of one arch at batch 1, in order; there many are counted at once."""
         blocks = [block_cost(spec) for spec in self.plan(arch).values()]
         return (
             sum(block.macs for block in blocks), sum(block.params for block in blocks),
-            max(block.peak_memory_bytes for block in blocks),
+            max(block.peak_memory_bytes for block in blocks), sum(block.model_size_bytes for block in blocks),
         )  # fmt: skip
 
     @property

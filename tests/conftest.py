@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from deploy.targets import Model
     from deploy.timing import Timing
     from search.found import Found
-    from search.loop import SearchConfig
+    from search.settings import SearchConfig
     from supernet.run import Run
     from supernet.space import Space
 
@@ -174,10 +174,20 @@ def tiny_run(easy_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="session")
 def small_search() -> SearchConfig:
-    """A search of a few seconds: 2 ends, 3 skeletons, 2 mutants, one finalist at a time, 8 children profiled."""
-    from search.loop import SearchConfig
+    """A search of a few seconds: 2 ends, 1 random child, 3 skeletons, 2 mutants, 1 neighbour, one finalist at a time."""
+    from search.settings import SearchConfig
 
-    return SearchConfig(name="small", coarse=3, fine=2, parents=2, batch=2, finalists=1, profile_children=8)
+    return SearchConfig(
+        name="small",
+        options={"coarse": 3},
+        evaluations=5,
+        random=1,
+        polish=1,
+        batch=2,
+        finalists=1,
+        profile_children=8,
+        zones=2,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -185,10 +195,10 @@ def tiny_searched(
     tiny_run: Run, small_search: SearchConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Run, Found]:  # fmt: skip
     """A copy of `tiny_run` and the outcome of its search for half of the largest child's macs. Read only."""
-    from search.loop import search
+    from search.loop import Asked, search
 
     run = copied(tiny_run, tmp_path_factory.mktemp("searched") / "lines")
-    return run, search(run, ["macs<=500K"], settings=small_search, target=FakeTarget())
+    return run, search(run, Asked(("macs<=500K",), settings=small_search, targets={None: FakeTarget()}))
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,29 @@ from search.store import Store
 from supernet.run import Run
 
 ROOT = Path(__file__).parents[1]
-VERBS = ("spaces", "describe", "train", "evaluate", "search", "report", "export", "verify", "predict", "run", "demo")
-TINY = "coarse: 3\nfine: 2\nparents: 2\nbatch: 2\nfinalists: 1\nprofile_children: 8\n"
+VERBS = (
+    "spaces",
+    "describe",
+    "train",
+    "evaluate",
+    "search",
+    "report",
+    "dashboard",
+    "export",
+    "verify",
+    "predict",
+    "run",
+    "demo",
+)
+TINY = """options: {coarse: 3}
+evaluations: 5
+random: 1
+polish: 1
+batch: 2
+finalists: 1
+profile_children: 8
+zones: 2
+"""
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -89,6 +110,7 @@ def test_the_list_of_verbs_is_complete(command: Command) -> None:
     code, out, _ = command("--help")
     assert code == 0
     registered = {entry.name or entry.callback.__name__ for entry in nestling.app.registered_commands if entry.callback}
+    registered |= {group.name for group in nestling.app.registered_groups if group.name}
     assert registered == set(VERBS)
     assert all(re.search(rf"\b{verb}\b", out) for verb in VERBS)
 
@@ -128,7 +150,7 @@ def test_describe_an_arch_as_json(command: Command, arch: str) -> None:
 
 def test_describe_a_space_as_json_gives_an_arch_that_can_be_described(command: Command, tmp_path: Path) -> None:
     value = json.loads(command("describe", "--space", "digits", "--classes", "3", "--json")[1])
-    assert set(value["smallest"]) == {"key", "macs", "params", "peak_memory_bytes"}
+    assert set(value["smallest"]) == {"key", "macs", "params", "peak_memory_bytes", "model_size_bytes"}
     path = tmp_path / "arch.json"
     path.write_text(json.dumps({name: choices[0] for name, choices in value["dimensions"].items()}))
     again = json.loads(command("describe", "--space", "digits", "--classes", "3", "--arch", path, "--json")[1])
@@ -155,7 +177,7 @@ def test_search_as_json_and_for_people(command: Command, searched_copy: Run, fak
     code, out, _ = command("search", searched_copy.path, "--budget", "macs<=500K", "--search", tiny_search, "--json")
     assert code == 0
     value = json.loads(out)
-    assert {"best", "smallest", "largest", "finalists", "front", "budgets", "evaluated", "notes"} <= set(value)
+    assert {"best", "answers", "smallest", "largest", "front", "budgets", "evaluated", "spent", "notes"} <= set(value)
     assert value["best"]["costs"]["macs"] <= 500_000
     code, out, _ = command("search", searched_copy.path, "--budget", "macs<=500K", "--search", tiny_search)
     assert code == 0
@@ -167,7 +189,9 @@ def test_export_verify_and_predict_as_json(command: Command, searched_copy: Run,
     code, out, _ = command("export", searched_copy.path, "--out", tmp_path / "model", "--json")
     assert code == 0
     exported = json.loads(out)
-    assert {"bundle", "key", "macs", "params", "peak_memory_bytes", "accuracy", "parity", "latency"} == set(exported)
+    assert {"bundle", "key", "macs", "params", "peak_memory_bytes", "model_size_bytes", "accuracy", "parity", "latency"} == set(
+        exported
+    )
     images = searched_copy.path / "images"
     code, out, err = command("verify", tmp_path / "model", "--run", searched_copy.path, "--images", images, "--json")
     assert (code, err) == (0, "")
@@ -212,7 +236,7 @@ def place(tmp_path: Path, easy_npz: Path, run_copy: Run, searched_copy: Run, bun
     for name, text in {
         "list.json": "[1]", "text.json": "{", "choice.json": json.dumps({**arch, "resolution": 13}), "lack.json": "{}",
         "more.json": json.dumps({**arch, "stage9.width": 8}), "space.yaml": "name: x\nfamily: mbconv\n", "recipe.yaml": "epochs: 0\n",
-        "search.yaml": "coarse: many\n", "bomb.yaml": "a: &a [x, x]\nb: [*a, *a]\n", "family.yaml": "name: x\nfamily: os.system\n",
+        "search.yaml": "evaluations: many\n", "bomb.yaml": "a: &a [x, x]\nb: [*a, *a]\n", "family.yaml": "name: x\nfamily: os.system\n",
     }.items():  # fmt: skip
         (tmp_path / name).write_text(text)
     return tmp_path
@@ -256,7 +280,27 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "evaluate an unknown split": ("evaluate", "{}/run", "--arch", "smallest", "--split", "val"),
     "search what is no run": ("search", "{}/none"),
     "an unknown budget": ("search", "{}/run", "--budget", "flops<=3"),
-    "a budget the wrong way round": ("search", "{}/run", "--budget", "macs>=3"),
+    "a budget the wrong way round": ("search", "{}/run", "--budget", "macs=>3"),
+    "a lower bound that nothing reaches": ("search", "{}/run", "--budget", "macs>=3G"),
+    "bounds that leave nothing": ("search", "{}/run", "--budget", "macs>=500K", "--budget", "params<=10K"),
+    "a latency of an unknown target": ("search", "{}/run", "--budget", "latency_ms@pi4<=3"),
+    "a target that is none": ("search", "{}/run", "--target", "pi4"),
+    "a target of no threads": ("search", "{}/run", "--target", "pi4=local:0"),
+    "one target twice": ("search", "{}/run", "--target", "a=local", "--target", "a=local:2"),
+    "a child for no budgets": ("search", "{}/run", "--child", "small"),
+    "an impossible child": ("search", "{}/run", "--child", "macs<=10"),
+    "one child twice": ("search", "{}/run", "--child", "macs<=1M", "--child", "macs<=1000K"),
+    "an unknown strategy": ("search", "{}/run", "--set", "strategy=evolve"),
+    "an unknown option of a strategy": ("search", "{}/run", "--set", "options.parent=3"),
+    "an unknown objective": ("search", "{}/run", "--set", "objective=f1"),
+    "unknown workers": ("search", "{}/run", "--workers", "dask"),
+    "show what was not searched": ("search", "show", "{}/run"),
+    "show an unknown stage": ("search", "show", "{}/searched", "--stage", "none"),
+    "sort by an unknown column": ("search", "show", "{}/searched", "--sort", "size"),
+    "export a search to an unknown form": ("search", "export", "{}/searched", "--out", "{}/new.xlsx"),
+    "export samples to a sheet": ("search", "export", "{}/searched", "--out", "{}/new.csv", "--samples"),
+    "a dashboard of what was not searched": ("dashboard", "{}/run"),
+    "export a front that was not searched for": ("export", "{}/searched", "--front", "3"),
     "a budget of nothing": ("search", "{}/run", "--budget", "macs<=0"),
     "a budget of text": ("search", "{}/run", "--budget", "macs<=many"),
     "two budgets of a metric": ("search", "{}/run", "--budget", "macs<=1M", "--budget", "macs<=2M"),
@@ -445,7 +489,7 @@ def test_the_whole_way_and_once_more(
     assert "chosen" in text and str(out / "bundle") in text
     result = json.loads((out / "result.json").read_text())
     check_result(result)
-    assert result["budget"] == {"macs": 500_000}
+    assert result["budgets"] == ["macs<=500K"]
     assert result["chosen"]["macs"] <= 500_000
     assert (out / "report.html").is_file()
     assert result["test_reads"] == Run.open(out).test_reads == 2

@@ -38,7 +38,10 @@ def test_a_family_of_ones_own_passes_the_conformance_suite_outside_this_project(
 
 
 SCRIPTS = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if "__main__" in path.read_text()]
-MINUTES = {"gpu_check": ["--device", "cpu"], "quality_cifar": [], "train_step": []}
+MINUTES: dict[str, list[str]] = {
+    "gpu_check": ["--device", "cpu"], "quality_cifar": [], "train_step": [], "ranking": [], "worth_it": [], "search_cost": [],
+    "search_eval": [], "search_cluster": [], "racing": [],
+}  # fmt: skip
 """Benchmarks that are run by hand, and their options."""
 
 

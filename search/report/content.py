@@ -11,11 +11,14 @@ from deploy.card import cell
 from deploy.latency import LatencyModel
 from search.feasible import Feasible
 from search.found import Child, Found
+from search.known import scores_of
 from search.loop import latency_file
 from search.report.figures import Measure
 from search.report.page import ReportContent, write_report
+from search.report.tables import more_tables, objective_of
 from search.store import Store
 from supernet import durable
+from supernet.arch import Arch
 from supernet.console import number_of
 from supernet.costs import Costs
 from supernet.errors import InputError
@@ -44,16 +47,19 @@ def content_of(run: Run) -> ReportContent:
     found = Found.load(run)
     result = _result(run, found)
     model = _latency_model(run, found)
+    with Store.existing(run.path / "search" / "search.sqlite") as store:
+        scored = scores_of(run, store, objective_of(run, found))
     return ReportContent(
         title=run.path.name,
         measure=measure,
         summary=[_summary(name, child, result.get(name), run.task.metric) for name, child in _three(found).items()],
         budgets=found.budgets,
         training=training,
-        children=_children(run, found, model),
+        children=_children(run, found, model, scored),
         front=found.front,
         chosen=found.best.key,
         arch_table=_arch_table(run.space, found.best),
+        tables=more_tables(run, found, scored),
         latency_fit=[(key, predicted, measured, True) for key, predicted, measured, _ in model.measured] if model else None,
         latency_fit_error=_fit_error(model) if model else "",
         facts=_facts(run, result),
@@ -88,26 +94,28 @@ def _latency_model(run: Run, found: Found) -> LatencyModel | None:
 def _summary(name: str, child: Child, tested: Mapping[str, Any] | None, metric: str) -> dict[str, Any]:
     """Test score where the final result has it; else the confirm split's, without an interval."""
     latency = child.latency
+    measured = {column: (each.low, each.high) for column, each in child.latencies.items()}
     shown = tested or {metric: child.confirm_score}
     return {
         "name": name, "key": child.key, **{part: shown.get(part) for part in (metric, f"{metric}_low", f"{metric}_high")},
         "macs": child.costs["macs"], "params": child.costs["params"], "latency_ms": latency.latency_ms if latency else None,
         "latency_ms_high": latency.high if latency else None, "predicted_latency_ms": child.predicted_latency_ms,
+        "measured": measured,
     }  # fmt: skip
 
 
-def _children(run: Run, found: Found, model: LatencyModel | None) -> list[dict[str, Any]]:
+def _children(run: Run, found: Found, model: LatencyModel | None, scored: Mapping[Arch, float]) -> list[dict[str, Any]]:
     measured = {child.key: child.latency.latency_ms for child in (*found.finalists, *_three(found).values()) if child.latency}
     with Store.existing(run.path / "search" / "search.sqlite") as store:
-        rows = store.rows()
-    codes = run.space.encode([run.space.arch(json.loads(row.arch)) for row in rows])
+        rows = store.rows(samples=False)
+    codes = run.space.encode(list(scored))
     predicted = Feasible(run.space, Costs(run.space), (), model).table(codes).get("latency_ms")
     return [
         {
-            "key": row.key, "score": row.score, "stage": row.stage, "measured_latency_ms": measured.get(row.key),
+            "key": row.key, "score": score, "stage": row.stage, "measured_latency_ms": measured.get(row.key),
             "costs": {**row.costs, **({"predicted_latency_ms": float(predicted[position])} if predicted is not None else {})},
         }
-        for position, row in enumerate(rows)
+        for position, (row, score) in enumerate(zip(rows, scored.values(), strict=True))
     ]  # fmt: skip
 
 

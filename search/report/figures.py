@@ -255,7 +255,7 @@ def _star(point: _Point, metric: str, value: str, latency_ms_high: float | None)
 def _limits(budgets: Sequence[Budget], metric: str) -> dict[str, Any]:
     """Draw a dashed line where a budget bounds what the horizontal axis shows."""
     shown = metric if metric in METRICS else "latency_ms"
-    drawn = [budget for budget in budgets if budget.metric == shown]
+    drawn = [budget for budget in budgets if budget.column == shown]
     line = {"color": RED, "dash": "dash", "width": 1.5}
     shapes = [
         {"type": "line", "xref": "x", "yref": "paper", "x0": x, "x1": x, "y0": 0, "y1": 1, "line": line}

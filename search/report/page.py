@@ -27,8 +27,8 @@ class ReportContent:
     "largest" with key, top1, top1_low, top1_high, macs, params, latency_ms, latency_ms_high, predicted_latency_ms. `budgets`: texts
     that `Budget.parse` reads. `training`: lines of the training log. `children`: key, score, stage, costs (macs, params,
     peak_memory_bytes, predicted_latency_ms), measured_latency_ms. `front`: keys of children. `arch_table`: rows of free columns.
-    `latency_fit`: (key, predicted ms, measured ms, held out), with its error in words. `facts`: name and value. `notes`: remarks in
-    whole sentences.
+    `tables`: more tables: title, what to know of it, rows of free columns. `latency_fit`: (key, predicted ms, measured ms, held out),
+    with its error in words. `facts`: name and value. `notes`: remarks in whole sentences.
     """
 
     title: str
@@ -40,6 +40,7 @@ class ReportContent:
     front: Sequence[str] = ()
     chosen: str | None = None
     arch_table: Records = ()
+    tables: Sequence[tuple[str, str, Records]] = ()
     latency_fit: Sequence[tuple[str, float, float, bool]] | None = None
     latency_fit_error: str = ""
     facts: Sequence[tuple[str, str]] = ()
@@ -62,7 +63,17 @@ def render(content: ReportContent) -> str:
     figures = _figures(content)
     scripts = [library, SCRIPT] if figures else []
     body = "\n".join(
-        filter(None, [_head(content), _children(content), *map(_figure, figures), _arch(content), _facts(content)])
+        filter(
+            None,
+            [
+                _head(content),
+                _children(content),
+                *map(_figure, figures),
+                *map(_more, content.tables),
+                _arch(content),
+                _facts(content),
+            ],
+        )
     )
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{_policy(scripts)}\n'
@@ -131,8 +142,9 @@ def _budgets(content: ReportContent) -> str:
     costs = next((child.get("costs") or {} for child in content.children if child.get("key") == content.chosen), {})
     lines = []
     for budget in parse_all(content.budgets):
-        if budget.metric == "latency_ms":  # the bound holds on the upper end of the measured interval
-            value = chosen.get("latency_ms_high")
+        if budget.metric == "latency_ms":  # the bound holds on the worse end of the measured interval
+            measured = {"latency_ms": (None, chosen.get("latency_ms_high")), **chosen.get("measured", {})}
+            value = measured.get(budget.column, (None, None))[0 if budget.lower else 1]
         else:
             value = costs.get(budget.metric) if chosen.get(budget.metric) is None else chosen[budget.metric]
         lines.append(f"<li>{_verdict(budget, value)}</li>")
@@ -143,7 +155,9 @@ def _verdict(budget: Budget, value: Any) -> str:
     asked = f"<code>{_text(str(budget))}</code>"
     if finite(value) is None:
         return f'<span class="unknown">? not measured</span> {asked}'
-    shown = {"latency_ms": milliseconds, "peak_memory_bytes": kibibytes}.get(budget.metric, count)(value)
+    shown = {"latency_ms": milliseconds, "peak_memory_bytes": kibibytes, "model_size_bytes": kibibytes}.get(
+        budget.metric, count
+    )(value)
     if budget.holds(value):
         return f'<span class="good">✓ holds</span> {asked} at {shown}'
     return f'<span class="bad">✗ does not hold</span> {asked} at {shown}'
@@ -170,6 +184,11 @@ def _children(content: ReportContent) -> str:
 
 def _arch(content: ReportContent) -> str:
     return _section("The chosen child, stage by stage", _table(content.arch_table)) if content.arch_table else ""
+
+
+def _more(table: tuple[str, str, Records]) -> str:
+    title, caption, rows = table
+    return _section(title, f'{_table(rows)}<p class="small">{_text(caption)}</p>') if rows else ""
 
 
 def _facts(content: ReportContent) -> str:

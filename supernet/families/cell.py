@@ -183,11 +183,11 @@ class CellFamily(Family):
 
     @property
     def bounded(self) -> tuple[str, ...]:
-        """No network has more macs or parameters than the teacher; with 5 nodes or more, some hold more memory.
+        """No network has more macs, parameters or weights than the teacher; with 5 nodes or more, some hold more memory.
 
         There a node that is also skipped or pooled stays alive beside its relu for longer. (Up to 4 nodes all cells were compared.)
         """
-        return super().bounded if self.config.nodes <= 4 else ("macs", "params")
+        return super().bounded if self.config.nodes <= 4 else ("macs", "params", "model_size_bytes")
 
     def _cells(self, codes: Codes) -> list[tuple[slice, list[NDArray[np.bool_]]]]:
         """For either kind of cell its columns, and which of its edges lie on a path, each of shape (archs,)."""

@@ -133,14 +133,14 @@ class CellSpec(BlockSpec):
     def cost(self) -> BlockCost:
         """As `operations` counts it, once for all widths and sizes.
 
-        With width C and S pixels a side of the output, macs are a C^2 S^2, activations a C S^2, parameters a C^2 + b C. The factors
-        are read off a cell of one output pixel whose width is a power of 2 above every factor.
+        With width C and S pixels a side of the output, macs are a C^2 S^2, activations a C S^2, parameters and their size
+        a C^2 + b C. The factors are read off a cell of one output pixel whose width is a power of 2 above every factor.
         """
         if self.reduction and self.in_size % 2:
             return cost_of(self.operations())  # the input is no multiple of the output
         unit = _unit_cost(self.nodes, self.edges, self.reduction)
         pixels, width = (self.in_size // (2 if self.reduction else 1)) ** 2, self.in_width
-        square, single = divmod(unit.params, UNIT**2)
+        (square, single), (square_bytes, single_bytes) = (divmod(n, UNIT**2) for n in (unit.params, unit.model_size_bytes))
         scale = {"count": (1, 1), "macs": (width**2 * pixels, UNIT**2), "elements": (width * pixels, UNIT)}
         features = []
         for name, value in unit.features:
@@ -150,6 +150,7 @@ class CellSpec(BlockSpec):
             macs=unit.macs // UNIT**2 * width**2 * pixels,
             params=square * width**2 + single // UNIT * width,
             peak_memory_bytes=unit.peak_memory_bytes // UNIT * width * pixels,
+            model_size_bytes=square_bytes * width**2 + single_bytes // UNIT * width,
             features=tuple(features),
         )
 

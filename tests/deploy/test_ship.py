@@ -19,7 +19,7 @@ from deploy.ship import ship
 from search.found import Found
 from supernet import durable
 from supernet.arch import Arch
-from supernet.costs import arch_costs
+from supernet.costs import METRICS, arch_costs
 from supernet.errors import InputError
 from supernet.run import Run
 
@@ -51,12 +51,14 @@ def test_the_manifest_tells_the_whole_story(tiny_bundle: Bundle, tiny_searched: 
     run, found = tiny_searched
     manifest, best = tiny_bundle.manifest, found.best
     assert set(manifest) == {
-        "format", "created", "key", "arch", "space", "macs", "params", "peak_memory_bytes", "classes", "input", "output", "opset",
+        "format", "created", "key", "arch", "space", "macs", "params", "peak_memory_bytes", "model_size_bytes",
+        "classes", "input", "output",
+        "opset",
         "precision", "preprocessing", "training", "versions", "latency", "files", "parity", "accuracy",
         "task",
     }  # fmt: skip
     assert (manifest["key"], manifest["arch"]) == (best.key, best.arch.as_dict())
-    assert {name: manifest[name] for name in ("macs", "params", "peak_memory_bytes")} == arch_costs(run.space, best.arch)
+    assert {name: manifest[name] for name in METRICS} == arch_costs(run.space, best.arch)
     assert manifest["space"] == dict(run.space.definition)
     assert manifest["task"] == "classification"
     assert manifest["classes"] == ["bar", "rail", "slash"]

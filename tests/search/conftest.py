@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +13,9 @@ import pytest
 
 from deploy.probe import probe
 from deploy.targets import Model
+from search.evaluate import Spent
 from search.finalists import Bench
+from search.rungs import Rung
 from supernet.arch import Arch
 from supernet.costs import arch_costs
 from supernet.data.dataset import SplitImages
@@ -34,21 +36,47 @@ class Judge:
 
     quality: Callable[[Space, Arch], float] = by_size
     asked: list[tuple[str, str]] = field(default_factory=list)
-    """(key, split) of every evaluation."""
+    """(key, split) of every evaluation; of the search-val split also the rung, as "search_val 0"."""
     dies_after: int | None = None
     """Evaluations until the process "dies"."""
 
-    def __call__(self, space: Space, arch: Arch, split: SplitImages) -> Any:
+    def samples(self, space: Space, arch: Arch, split: SplitImages) -> dict[str, Any]:
+        """What a child does on all images of a split."""
+        rng = np.random.default_rng([int(arch.key, 16), len(split.name)])
+        wrong = (rng.random(len(split)) >= self.quality(space, arch)).astype(np.uint16)
+        return {"rank": wrong, "predicted": wrong, "loss": wrong.astype(np.float16)}
+
+    def ask(self, arch: Arch, where: str) -> None:
+        """Remember that a child is evaluated."""
+        self.asked.append((arch.key, where))
+
+    def live(self) -> None:
+        """Die when it is time."""
         if self.dies_after is not None and len(self.asked) >= self.dies_after:
             raise KeyboardInterrupt
-        self.asked.append((arch.key, split.name))
-        rng = np.random.default_rng([int(arch.key, 16), len(split.name)])
-        return rng.random(len(split)) < self.quality(space, arch)
 
     @property
     def keys(self) -> list[str]:
         """Children evaluated on search-val, in order."""
-        return [key for key, split in self.asked if split == "search_val"]
+        return [key for key, where in self.asked if where == "search_val 0"]
+
+
+class Judging:
+    """A `search.evaluate.Advancing` of a judge."""
+
+    def __init__(self, judge: Judge, evaluator: Any, split: SplitImages, rungs: Sequence[Rung]) -> None:
+        self.judge, self.space, self.split, self.rungs, self.spent = judge, evaluator.supernet.space, split, rungs, Spent()
+
+    def advance(self, archs: Sequence[Arch], rung: int) -> dict[Arch, Any]:
+        self.judge.live()
+        first, last = self.rungs[rung - 1].images if rung else 0, self.rungs[rung].images
+        found = {}
+        for arch in archs:
+            self.judge.ask(arch, f"search_val {rung}")
+            whole = self.judge.samples(self.space, arch, self.split)
+            found[arch] = {name: column[first:last] for name, column in whole.items()}
+            self.spent = replace(self.spent, image_forwards=self.spent.image_forwards + last - first)
+        return found
 
 
 @pytest.fixture
@@ -66,9 +94,13 @@ def judge(probes: None, monkeypatch: pytest.MonkeyPatch) -> Judge:
     """Evaluation by `Judge`, which needs no weights, and probes in place of exports."""
     made = Judge()
 
-    def judged(evaluator: Evaluator, arch: Arch, split: SplitImages) -> Any:
-        return made(evaluator.supernet.space, arch, split)
+    def samples(evaluator: Evaluator, network: Any, resolution: int, split: SplitImages) -> Any:
+        made.live()
+        made.ask(network, split.name)
+        return made.samples(evaluator.supernet.space, network, split)
 
-    monkeypatch.setattr(Evaluator, "evaluate", judged)
+    monkeypatch.setattr("search.loop.SharedEvaluator", lambda *given: Judging(made, *given))
+    monkeypatch.setattr(Evaluator, "calibrated", lambda evaluator, arch: arch)
+    monkeypatch.setattr(Evaluator, "samples", samples)
     monkeypatch.setattr(Run, "supernet", lambda run, device="cpu": SimpleNamespace(space=run.space))
     return made

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from deploy.ship import ship
 from search.found import Found
-from search.loop import SearchConfig, search
+from search.loop import Asked, search
+from search.settings import SearchConfig
 from search.store import Store
 from supernet import durable
 from supernet.errors import InputError
@@ -27,7 +28,9 @@ from supernet.train import train
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = SearchConfig(coarse=4, fine=3, parents=2, batch=3, finalists=2, profile_children=8)
+SETTINGS = SearchConfig(
+    options={"coarse": 4}, evaluations=7, random=2, polish=0, batch=3, finalists=2, profile_children=8, zones=2
+)
 
 
 class Numbers:
@@ -146,7 +149,7 @@ def test_evaluation_gives_a_float_an_image(trained: Run) -> None:
 def test_a_search_chooses_by_the_mean_score_and_keeps_every_float(
     own: Run, fake_target: Any, probes: None, budgets: list[str]
 ) -> None:  # fmt: skip
-    found = search(own, budgets, settings=SETTINGS, target=fake_target())
+    found = search(own, Asked(tuple(budgets), settings=SETTINGS, targets={None: fake_target()}))
     split = own.dataset.split("search_val")
     with Store.existing(own.path / "search" / "search.sqlite") as store:
         for row in store.rows():
@@ -162,7 +165,7 @@ def test_a_search_chooses_by_the_mean_score_and_keeps_every_float(
 
 
 def test_children_are_compared_by_the_test_of_the_task(own: Run, fake_target: Any, probes: None) -> None:
-    found = search(own, ["macs<=700K"], settings=SETTINGS, target=fake_target())
+    found = search(own, Asked(("macs<=700K",), settings=SETTINGS, targets={None: fake_target()}))
     with Store.existing(own.path / "search" / "search.sqlite") as store:
         rows = {row.key: own.task.unpack(row.scores, row.images) for row in store.confirmed()}
     p_value = float(stats.ttest_rel(rows[found.best.key], rows[found.largest.key]).pvalue)
@@ -170,7 +173,7 @@ def test_children_are_compared_by_the_test_of_the_task(own: Run, fake_target: An
 
 
 def test_the_strategy_prefers_less_error(own: Run, fake_target: Any, probes: None) -> None:
-    found = search(own, [], settings=SETTINGS, target=fake_target())
+    found = search(own, Asked((), settings=SETTINGS, targets={None: fake_target()}))
     with Store.existing(own.path / "search" / "search.sqlite") as store:
         best = max(store.rows(), key=lambda row: row.score)
     assert best.key in {child.key for child in found.finalists}
@@ -181,12 +184,12 @@ def test_the_store_of_one_task_is_not_taken_for_that_of_another(
     own: Run, fake_target: Any, probes: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Floats read as bits would be nonsense; a run's weights belong to one task, but nothing else says so."""
-    search(own, [], settings=SETTINGS, target=fake_target())
+    search(own, Asked((), settings=SETTINGS, targets={None: fake_target()}))
     config = json.loads((own.path / "config.json").read_text())
     (own.path / "config.json").write_text(json.dumps({**config, "task": "classification"}))
     monkeypatch.setattr(MBConvFamily, "task", "classification")
     with pytest.raises(InputError, match="task is numbers there"):
-        search(Run.open(own.path), [], settings=SETTINGS, target=fake_target())
+        search(Run.open(own.path), Asked(settings=SETTINGS, targets={None: fake_target()}))
 
 
 def test_a_bundle_of_a_task_that_bundles_do_not_know_is_refused(own: Run, tmp_path: Path) -> None:

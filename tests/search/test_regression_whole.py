@@ -28,8 +28,9 @@ from deploy.ship import ship
 from deploy.verify import VerificationError
 from search.commands import rows_of
 from search.found import Found
-from search.loop import SearchConfig, load_search_config, search, smallest_latency_ms
+from search.loop import Asked, search, smallest_latency_ms
 from search.report.content import report_of
+from search.settings import SearchConfig, load_search_config
 from search.store import Store
 from search.whole import Whole, walk
 from supernet import durable
@@ -41,7 +42,9 @@ from tests.conftest import FakeTarget
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = SearchConfig(coarse=4, fine=3, parents=2, batch=3, finalists=2, profile_children=8)
+SETTINGS = SearchConfig(
+    options={"coarse": 4}, evaluations=7, random=2, polish=0, batch=3, finalists=2, profile_children=8, zones=2
+)
 
 SMALL = {
     "format": 1, "name": "small-autoencoder", "family": "autoencoder", "resolution": [8],
@@ -73,8 +76,8 @@ def searched(lines: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run,
     path = tmp_path_factory.mktemp("searched") / "lines"
     shutil.copytree(lines.path, path)
     run = Run.open(path)
-    settings = SearchConfig(coarse=3, fine=2, parents=2, batch=2, finalists=1)
-    return run, search(run, ["macs<=120K"], settings=settings, target=FakeTarget())
+    settings = SearchConfig(options={"coarse": 3}, evaluations=5, random=0, polish=0, batch=2, finalists=1, zones=2)
+    return run, search(run, Asked(("macs<=120K",), settings=settings, targets={None: FakeTarget()}))
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +125,10 @@ def test_a_latency_budget_is_searched_by_probes_of_transposed_convolutions(
     shutil.copytree(lines.path, tmp_path / "run")
     target = fake_target()
     ends = [smallest_latency_ms(lines.space, target)]
-    found = search(Run.open(tmp_path / "run"), [f"latency_ms<={1.01 * ends[0] + 0.0003}"], settings=SETTINGS, target=target)
+    found = search(
+        Run.open(tmp_path / "run"),
+        Asked((f"latency_ms<={1.01 * ends[0] + 0.0003}",), settings=SETTINGS, targets={None: target}),
+    )
     assert found.best.latency is not None and found.best.latency.high <= 1.01 * ends[0] + 0.0003
 
 
@@ -321,7 +327,7 @@ def first_image(run: Run) -> Path:
 def test_the_whole_way_on_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The shipped space and recipe: reconstructions far better than the mean image, and a larger budget is not worse."""
     settings = tmp_path / "small.yaml"
-    settings.write_text(json.dumps({"name": "small", "coarse": 6, "fine": 4, "batch": 5, "parents": 2, "finalists": 2}))
+    settings.write_text(json.dumps({"name": "small", "options": {"coarse": 6}, "evaluations": 10, "batch": 5, "finalists": 2}))
     out, budgets = tmp_path / "run", ("macs<=3M",)
     way = Whole(
         "digits", out, budgets, "autoencoder", "autoencoder", 6, {"batch_size": 48, "children": 3}, device="cpu",
@@ -339,7 +345,7 @@ def test_the_whole_way_on_digits(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert any("own resolution" in note for note in notes)
     assert Bundle.open(out / "bundle").task == "regression"
     assert verify_again(out / "bundle", out, out / "images")["psnr_db"] == pytest.approx(result["chosen"]["psnr_db"], abs=1e-4)
-    larger = search(run, [], settings=load_search_config(str(settings)), target=FakeTarget())
+    larger = search(run, Asked((), settings=load_search_config(str(settings)), targets={None: FakeTarget()}))
     assert larger.best.search_score >= Found.load(run).best.search_score - 0.2
     assert larger.largest.search_score > larger.smallest.search_score
     assert (out / "report.html").is_file()

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from deploy.export import to_onnx
 from deploy.ship import ship
-from search.loop import SearchConfig, search
+from search.loop import Asked, search
+from search.settings import SearchConfig
 from supernet.arch import Arch, Choice
 from supernet.costs import METRICS, Costs, arch_costs
 from supernet.errors import InputError
@@ -388,7 +389,7 @@ def test_children_train_are_searched_and_ship_like_any_other(
     train(run)
     ends = [arch_costs(run.space, arch)["macs"] for arch in (run.space.smallest, run.space.largest)]
     budget = sum(ends) // 2
-    found = search(run, [f"macs<={budget}"], settings=small_search, target=fake_target())
+    found = search(run, Asked((f"macs<={budget}",), settings=small_search, targets={None: fake_target()}))
     assert found.best.costs["macs"] <= budget
     assert found.best.confirm_score is not None and found.best.confirm_score > 0.3  # chance is 0.1; few children and 6 epochs
     bundle = ship(run, found.best.arch, tmp_path / "bundle", split="confirm")

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from deploy.fold import folded
 from supernet import config
 from supernet.costs import METRICS, Costs, arch_costs, block_cost
 from supernet.model import plain
+from supernet.operations import Constant, Operations, cost_of
 from supernet.space import Space, load_space
 
 SHIPPED = [Costs(load_space(name)) for name in config.names("spaces")]
@@ -59,6 +61,40 @@ def test_any_valid_space_builds_networks_that_cost_what_is_counted(
     assert costs["macs"] == counted_macs(network, torch.zeros(1, space.family.in_channels, size, size))
     at_once = Costs(space).all(space.encode([arch]))
     assert {name: int(values[0]) for name, values in at_once.items()} == costs
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.data())
+def test_the_size_is_that_of_the_weights_without_batch_norm(
+    definitions: st.SearchStrategy[dict[str, Any]], data: st.DataObject
+) -> None:
+    """In fp32. (That it is the size of the exported weights is part of every family's conformance.)"""
+    space = Space.from_definition(data.draw(definitions))
+    arch = space.sample(np.random.default_rng(data.draw(st.integers(0, 9))))
+    network = folded(plain(space, arch).eval())
+    assert arch_costs(space, arch)["model_size_bytes"] == 4 * sum(parameter.numel() for parameter in network.parameters())
+
+
+def test_integers_and_single_numbers_of_an_operator_are_no_weights() -> None:
+    ops = Operations(8, 4)
+    ops.conv(ops.input, 16, 3, bias=True)
+    x = ops.reshape(ops.input, 8, 16)
+    ops.apply("Mul", (x,), x.shape, constants=(Constant(),))
+    ops.layer_norm(x)
+    assert [op.weights for op in ops.listed] == [8 * 16 * 9 + 16, 0, 0, 32]
+    assert cost_of(ops).model_size_bytes == 4 * (8 * 16 * 9 + 16 + 32)
+
+
+@pytest.mark.parametrize(
+    "costs", [c for c in SHIPPED if c.space.name in {"digits", "cell", "cifar-vit"}], ids=lambda costs: costs.space.name
+)
+def test_a_weighted_sum_of_the_features_is_what_the_features_give(costs: Costs) -> None:
+    rng = np.random.default_rng(3)
+    weights = dict(zip(costs.feature_names, rng.random(len(costs.feature_names)), strict=True))
+    codes = costs.space.sample_codes(20, rng)
+    found = costs.weighted(weights)(codes)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, costs.features(codes) @ list(weights.values()), rtol=1e-12)
 
 
 @settings(deadline=None, max_examples=30)

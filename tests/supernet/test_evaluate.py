@@ -248,3 +248,39 @@ def test_two_splits_of_a_name_are_not_mixed_up(tiny_space: Space, source: Source
         return [made.evaluate(tiny_space.largest, each).tolist() for each in (one, other)]
 
     assert in_each(2, job) == [wanted, wanted]
+
+
+# --- samples ---
+
+
+@pytest.mark.parametrize("images", [60, 7, 1, 0])
+def test_every_process_gets_the_samples_that_one_alone_gets(images: int, tiny_space: Space, source: Source) -> None:
+    confirm = split(source, images)
+
+    def job(world: World) -> Any:
+        made = evaluator(tiny_space, source, world)
+        return made.samples(made.calibrated(tiny_space.largest), 8, confirm)
+
+    wanted = job(ALONE)
+    assert {name: column.dtype for name, column in wanted.items()} == {
+        "rank": np.uint16, "predicted": np.uint16, "loss": np.float16
+    }  # fmt: skip
+    assert (wanted["rank"] == 0).tolist() == evaluator(tiny_space, source).evaluate(tiny_space.largest, confirm).tolist()
+    for found in in_each(3, job):
+        for name, column in wanted.items():
+            np.testing.assert_allclose(found[name], column, rtol=1e-2)
+
+
+def test_samples_of_images(source: Source) -> None:
+    space, task = Space.from_definition(AUTOENCODER), Regression((0.3,))
+    made = evaluator(space, source, task=task)
+    network, confirm = made.calibrated(space.smallest), split(source, 31)
+    assert made.samples(network, 6, confirm)["psnr_db"].tolist() == made.scores(network, 6, confirm).tolist()
+
+
+def test_images_are_prepared_in_the_precision_of_the_weights(tiny_space: Space, source: Source) -> None:
+    made = evaluator(tiny_space, source)
+    single = made.samples(made.calibrated(tiny_space.largest), 8, split(source, 20))
+    made.supernet.double()
+    double = made.samples(made.calibrated(tiny_space.largest), 8, split(source, 20))
+    np.testing.assert_allclose(single["loss"], double["loss"], rtol=1e-2)

@@ -1,0 +1,173 @@
+"""From what was evaluated to the outcome: finalists are measured and confirmed, and one is chosen for each set of budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from search import pareto
+from search.budget import Budget
+from search.engine import Engine, Event
+from search.feasible import Feasible
+from search.finalists import Bench, Latencies, Verdict, judge, meets
+from search.found import Answer, Child, Found
+from search.known import Known
+from search.settings import SearchConfig
+from search.statistics import compare
+from search.trie import macs_alone
+from search.wanted import Wanted
+from supernet.arch import Arch
+from supernet.errors import InputError
+
+ROUNDS_OF_FINALISTS = 4
+
+
+@dataclass
+class Choice:
+    """From what was evaluated to the outcome."""
+
+    bench: Bench
+    known: Known
+    feasible: Feasible
+    engine: Engine
+    wanted: Sequence[Wanted]
+    budgets: tuple[Budget, ...]
+    settings: SearchConfig
+    measured: dict[str, Latencies] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.run, self.space, self.notes = self.bench.run, self.bench.run.space, list(self.engine.notes)
+        self.archs = [arch for arch, rung in self.engine.view.items() if rung == self.known.last]
+        codes = self.space.encode(self.archs)
+        self.table, self.cost = self.feasible.table(codes), dict(zip(self.archs, self.feasible.main_cost(codes), strict=True))
+        self.scores = {arch: self.engine.score(arch) for arch in self.archs}
+
+    def go(self) -> Found:
+        """Find a child for everything wanted, and tell how sure that is."""
+        answers = [answer for want in self.wanted if (answer := self._answer(want)) is not None]
+        ends = [self.space.smallest, self.space.largest]
+        self.measured |= self.bench.measure([arch for arch in ends if arch.key not in self.measured])
+        confirmed = self.bench.confirm(ends)
+        best = answers[0].child.arch
+        if best != ends[1]:
+            values = self.bench.confirm([best, ends[1]])
+            p_value = compare(values[best], values[ends[1]]).p_value
+            verdict = "no significant difference" if p_value >= 0.05 else "a significant difference"
+            self.notes.append(
+                f"chosen child and largest child of the space: {verdict} on the confirm images (p = {p_value:.3g})"
+            )
+        self._against_random(best)
+        self._remark_resolutions()
+        front = pareto.front([self.scores[arch] for arch in self.archs], [[self.cost[arch]] for arch in self.archs])
+        smallest, largest = (self._child(arch, float(confirmed[arch].mean())) for arch in ends)
+        return Found(
+            self.run.path, tuple(map(str, self.budgets)), self.bench.objective.name, tuple(answers), smallest, largest,
+            tuple(self.archs[position].key for position in front), len(self.known.rows), self._spent(), tuple(self.notes),
+            self.run.weights_hash,
+        )  # fmt: skip
+
+    def _answer(self, want: Wanted) -> Answer | None:
+        """The child for one set of budgets: of the finalists that meet them by measurement, as the confirm images say."""
+        budgets = (*self.budgets, *want.budgets)
+        accepted = self._accepted(want, budgets)
+        if not accepted:
+            return None
+        confirmed = self.bench.confirm(accepted)
+        verdict = judge(accepted, confirmed, {arch: self._final_cost(arch) for arch in accepted}, self.settings.seed)
+        finalists = {arch: self._child(arch, float(confirmed[arch].mean(dtype=np.float64)), verdict) for arch in accepted}
+        if len(verdict.tied) > 1:
+            self.notes.append(
+                f"{want.name}: no significant difference between {len(verdict.tied)} of {len(accepted)} finalists on "
+                f"{len(confirmed[accepted[0]])} confirm images; the cheapest of them was chosen"
+            )
+        return Answer(
+            want.name, tuple(map(str, budgets)), finalists[verdict.chosen], tuple(finalists.values()),
+            tuple(arch.key for arch in verdict.tied), {arch.key: value for arch, value in verdict.p_values.items()},
+        )  # fmt: skip
+
+    def _accepted(self, want: Wanted, budgets: Sequence[Budget]) -> list[Arch]:
+        """Finalists that meet the budgets when measured: the best first, in rounds, until some do.
+
+        Children of equal score are ordered by cost. The smallest child is the last resort.
+        """
+        inside = self.feasible.zones(self.space.encode(self.archs), [want.budgets])[:, 0]
+        admitted = self.feasible.mask(self.space.encode(self.archs)) & inside
+        ranked = sorted((arch for arch, meets_ in zip(self.archs, admitted, strict=True) if meets_),
+                        key=lambda arch: (-self.scores[arch], self.cost[arch]))  # fmt: skip
+        if self.space.smallest not in ranked and self.space.smallest in self.scores:
+            ranked.append(self.space.smallest)
+        count = self.settings.finalists
+        for start in range(0, ROUNDS_OF_FINALISTS * count, count):
+            last = start + count >= ROUNDS_OF_FINALISTS * count
+            group = list(
+                dict.fromkeys(
+                    [*ranked[start : start + count], *([self.space.smallest] if last and self.space.smallest in ranked else [])]
+                )
+            )
+            self.engine.progress(Event("measuring finalists", self.engine.total, self.engine.total))
+            self.measured |= self.bench.measure(group)
+            accepted = [arch for arch in group if meets(budgets, self.known.rows[arch].costs, self.measured[arch.key])]
+            if accepted or not group:
+                return self._or_refuse(want, budgets, accepted)
+            self.notes.append(f"{len(group)} finalists missed the budget when measured; the next were tried")
+        return self._or_refuse(want, budgets, [])
+
+    def _or_refuse(self, want: Wanted, budgets: Sequence[Budget], accepted: list[Arch]) -> list[Arch]:
+        """A search without its best child is an error; without one of the others, a remark."""
+        if accepted:
+            return accepted
+        problem = f"no evaluated child meets {', '.join(map(str, budgets))} by measurement"
+        if want.name != "best":
+            self.notes.append(f"{want.name}: {problem}")
+            return []
+        latencies = self.bench.measure([self.space.smallest])[self.space.smallest.key]
+        timed = [b for b in budgets if b.metric == "latency_ms"]
+        least = f"; the smallest takes up to {latencies[timed[0].target].high:.4g} ms now" if timed else ""
+        raise InputError(f"{problem}{least}: raise the budget")
+
+    def _final_cost(self, arch: Arch) -> float:
+        """The main cost, measured where it is a latency."""
+        main = self.feasible.main
+        return self.measured[arch.key][main.target].latency_ms if main.metric == "latency_ms" else float(self.cost[arch])
+
+    def _child(self, arch: Arch, confirm_score: float, verdict: Verdict | None = None) -> Child:
+        columns = [column for column in self.table if column.startswith("latency_ms")]
+        predicted = float(self.table[columns[0]][self.archs.index(arch)]) if columns else None
+        estimate = verdict.estimates[arch] if verdict else None
+        return Child(
+            self.run.path, arch, dict(self.known.rows[arch].costs), self.scores[arch], confirm_score, predicted,
+            {f"latency_ms@{name}" if name else "latency_ms": latency for name, latency in self.measured[arch.key].items()}, estimate,
+        )  # fmt: skip
+
+    def _against_random(self, best: Arch) -> None:
+        """What random children within the budgets reached: the baseline of every search."""
+        drawn = [arch for arch in self.engine.view if self.known.rows[arch].stage == "random"]
+        drawn = [arch for arch, meets_ in zip(drawn, self.feasible.mask(self.space.encode(drawn)), strict=True) if meets_]
+        if not drawn:
+            return
+        luckiest = max(drawn, key=lambda arch: (self.engine.score(arch), arch.key))
+        rung = self.engine.view[luckiest]
+        one, other, show = self.known.values(best, rung), self.known.values(luckiest, rung), self.bench.objective.show
+        result = compare(one, other)
+        self.notes.append(
+            f"best of {len(drawn)} random children within the budgets: {show(float(other.mean()))} on {len(other)} search-val images, "
+            f"the chosen child {show(float(one.mean()))} (p = {result.p_value:.3g})"
+        )
+
+    def _remark_resolutions(self) -> None:
+        resolutions = {self.space.resolution(arch) for arch in self.archs}
+        if self.run.task.own_images and len(resolutions) > 1:
+            self.notes.append(
+                f"every child is scored on images of its own resolution ({min(resolutions)} to {max(resolutions)} px here), so scores "
+                "of different resolutions are not of the same images"
+            )
+
+    def _spent(self) -> dict[str, float]:
+        rows, last = self.known.rows, self.known.rungs[-1]
+        return {
+            "macs": sum(row.macs_spent for row in rows.values()),
+            "macs_alone": float(macs_alone(self.space, list(rows))) * (last.images + last.calibration_images),
+            "seconds": sum(row.seconds for row in rows.values()),
+        }

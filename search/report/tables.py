@@ -1,0 +1,102 @@
+"""More tables of the report: the finalists and how sure the choice is, children for other budgets, what matters in the space."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from search.found import Child, Found
+from search.importance import importance
+from search.objective import Objective, objective_named
+from supernet.arch import Arch
+from supernet.costs import Costs
+from supernet.errors import InputError
+from supernet.run import Run
+
+Table = tuple[str, str, list[dict[str, Any]]]
+"""Title, what to know of it, and rows."""
+
+
+def more_tables(run: Run, found: Found, scored: Mapping[Arch, float]) -> list[Table]:
+    """Those that say something; an empty one is left out. `scored`: every evaluated child with its score."""
+    tables = [_finalists(run, found), _further(run, found), _importance(run, scored), _rivals(run)]
+    return [table for table in tables if table[2]]
+
+
+def _finalists(run: Run, found: Found) -> Table:
+    answer, show = found.answers[0], objective_of(run, found).show
+    rows = [
+        {
+            "finalist": child.key, **_scores(child, show), "p (Holm)": _p_value(answer.p_values.get(child.key)),
+            "may be the best": "yes" if child.key in answer.tied else "no", "chosen": "yes" if child.key == answer.child.key else "",
+        }
+        for child in answer.finalists
+    ]  # fmt: skip
+    caption = (
+        "Compared on the same confirm images, which the search did not see. Expected: what a finalist is to be expected to reach on "
+        "other images, drawn towards the mean of all, since the best of several owes part of its score to luck. p: of being as good as "
+        "the chosen one. Of those that may be the best (95 % confidence set) the cheapest was chosen."
+    )
+    return "Finalists", caption, rows
+
+
+def _further(run: Run, found: Found) -> Table:
+    rows, show = [], objective_of(run, found).show
+    for answer in found.answers[1:]:
+        latency, costs = answer.child.latency, answer.child.costs
+        rows.append({
+            "for": answer.name, "budgets": ", ".join(answer.budgets), "child": answer.child.key, **_scores(answer.child, show),
+            "macs": f"{costs['macs']:,.0f}", "parameters": f"{costs['params']:,.0f}",
+            "latency": f"{latency.latency_ms:.4g} ms (at most {latency.high:.4g})" if latency else None,
+        })  # fmt: skip
+    return "Children for other budgets", "Each was chosen like the first, among finalists of its own.", rows
+
+
+def _importance(run: Run, scored: Mapping[Arch, float]) -> Table:
+    """Which dimensions the scores of the evaluated children depend on, at equal macs."""
+    archs = list(scored)
+    codes = run.space.encode(archs)
+    result = importance(run.space, codes, np.array(list(scored.values())), Costs(run.space).macs(codes).astype(np.float64))
+    rows = [{"dimension": row.dimension, "share of the variance": f"{row.share:.0%} ({max(0.0, row.low):.0%} to {row.high:.0%})"}
+            for row in result.rows]  # fmt: skip
+    return "What matters, at equal macs", result.why, rows
+
+
+def _rivals(run: Run) -> Table:
+    """Networks of others, trained on the same data and measured beside a child of ours (`benchmarks/worth_it.py --run RUN`)."""
+    path = run.path / "rivals.json"
+    if not path.is_file():
+        return "Is it worth it?", "", []
+    try:
+        rows = [{str(name): str(value) for name, value in row.items()} for row in json.loads(path.read_text())["rows"]]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error!r}): remove it") from error
+    return (
+        "Is it worth it?",
+        "Networks of others, trained on the same images, beside the child at the same measured latency.",
+        rows,
+    )
+
+
+def objective_of(run: Run, found: Found) -> Objective:
+    """What a search made largest; an objective of the user's own is not known any more, and the task's own stands for it."""
+    try:
+        return objective_named(found.objective, run.task)
+    except InputError:
+        return objective_named(None, run.task)
+
+
+def _scores(child: Child, show: Callable[[float], str]) -> dict[str, Any]:
+    estimate = child.estimate
+    return {
+        "search-val": show(child.search_score),
+        "confirm": show(child.confirm_score) if child.confirm_score is not None else None,
+        "expected": f"{show(estimate.value)} ({show(estimate.low)} to {show(estimate.high)})" if estimate else None,
+    }
+
+
+def _p_value(value: float | None) -> str | None:
+    return None if value is None else f"{value:.3g}"

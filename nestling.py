@@ -85,7 +85,8 @@ def open_bundle(path: str | Path) -> Bundle:
 
 
 def search(
-    run: Run, budgets: str | Sequence[str] = (), *, children: Sequence[str] = (), front: int = 0, objective: Objective | None = None,
+    run: Run | str | Path, budgets: str | Sequence[str] = (), *, children: Sequence[str] = (), front: int = 0,
+    objective: Objective | str | None = None,
     targets: Mapping[str, Target] | None = None, threads: int = 1, device: str = "auto", settings: str = "default",
     overrides: Mapping[str, Any] | None = None,
 ) -> Found:  # fmt: skip
@@ -100,12 +101,15 @@ def search(
     from search.loop import search as search_loop
     from search.settings import load_search_config
     from supernet import device as devices
+    from supernet.run import Run
 
     texts = (budgets,) if isinstance(budgets, str) else tuple(budgets)
+    if isinstance(objective, str):
+        overrides, objective = {**(overrides or {}), "objective": objective}, None
     places: dict[str | None, Target] = dict((targets or {}).items())
     places[None] = Local(threads)
     asked = Asked(texts, tuple(children), front, load_search_config(settings, overrides), places, objective)
-    return search_loop(run, asked, device=devices.choose(device))
+    return search_loop(run if isinstance(run, Run) else Run.open(Path(run)), asked, device=devices.choose(device))
 
 
 def export(child: Child, out: str | Path, *, split: str = "test") -> Bundle:

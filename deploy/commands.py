@@ -42,7 +42,9 @@ def export(
 
     found, where = Run.open(run), out or run / ("bundles" if front else "bundle")
     if front:
-        bundles = [_shipped(found, child, where / name, split) for name, child in front_of(found, front).items()]
+        wanted = front_of(found, front)
+        refuse_strangers(where, set(wanted))
+        bundles = [_shipped(found, child, where / name, split) for name, child in wanted.items()]
     else:
         bundles = [_shipped(found, best_of(found) if arch == "best" else (read_arch(found.space, arch), []), where, split)]
     if as_json:
@@ -53,6 +55,15 @@ def export(
         _tell(found, bundle)
     classifies = "agreement" in bundles[0].manifest["parity"]
     print(f"Next: nestling predict {bundles[0].path} IMAGE" + ("" if classifies else " --out FOLDER"))
+
+
+def refuse_strangers(folder: Path, names: set[str]) -> None:
+    """Raise `InputError` where a folder of bundles holds one that is not to be written now: it would seem to be of this search."""
+    from supernet.errors import InputError
+
+    others = sorted(path.name for path in folder.glob("front-*") if path.name not in names)
+    if others:
+        raise InputError(f"{folder} holds {others[0]} of another search: remove it, or choose another --out")
 
 
 def _shipped(run: Run, child: tuple[Arch, list[Mapping[str, Any]]], out: Path, split: str) -> Bundle:
@@ -162,7 +173,7 @@ def front_of(run: Run, count: int) -> dict[str, tuple[Arch, list[Mapping[str, An
             f"the latest search of {run.path} was not for a front of {count}: run `nestling search {run.path} --front {count}`"
         )
     once = {child[0]: (name, child) for name, child in reversed(found.items())}
-    return {name.partition(" of ")[0].replace(" ", "-"): child for name, child in reversed(once.values())}
+    return {f"front-{number}": child for number, (_, child) in enumerate(reversed(once.values()), 1)}
 
 
 def _short(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -59,6 +59,7 @@ class Choice:
                 f"chosen child and largest child of the space: {verdict} on the confirm images (p = {p_value:.3g})"
             )
         self._against_random(best)
+        self._remark_front(answers)
         self._remark_resolutions()
         front = pareto.front([self.scores[arch] for arch in self.archs], [[self.cost[arch]] for arch in self.archs])
         smallest, largest = (self._child(arch, float(confirmed[arch].mean())) for arch in ends)
@@ -80,7 +81,7 @@ class Choice:
         if len(verdict.tied) > 1:
             self.notes.append(
                 f"{want.name}: no significant difference between {len(verdict.tied)} of {len(accepted)} finalists on "
-                f"{len(confirmed[accepted[0]])} confirm images; the cheapest of them was chosen"
+                f"{len(confirmed[accepted[0]])} confirm images; the cheapest of these finalists was chosen"
             )
         return Answer(
             want.name, tuple(map(str, budgets)), finalists[verdict.chosen], tuple(finalists.values()),
@@ -125,7 +126,7 @@ class Choice:
         latencies = self.bench.measure([self.space.smallest])[self.space.smallest.key]
         timed = [b for b in budgets if b.metric == "latency_ms"]
         least = f"; the smallest takes up to {latencies[timed[0].target].high:.4g} ms now" if timed else ""
-        raise InputError(f"{problem}{least}: raise the budget")
+        raise InputError(f"{problem}{least}: move the bound")
 
     def _final_cost(self, arch: Arch) -> float:
         """The main cost, measured where it is a latency."""
@@ -133,8 +134,7 @@ class Choice:
         return self.measured[arch.key][main.target].latency_ms if main.metric == "latency_ms" else float(self.cost[arch])
 
     def _child(self, arch: Arch, confirm_score: float, verdict: Verdict | None = None) -> Child:
-        columns = [column for column in self.table if column.startswith("latency_ms")]
-        predicted = float(self.table[columns[0]][self.archs.index(arch)]) if columns else None
+        predicted = float(self.table["latency_ms"][self.archs.index(arch)]) if "latency_ms" in self.table else None
         estimate = verdict.estimates[arch] if verdict else None
         return Child(
             self.run.path, arch, dict(self.known.rows[arch].costs), self.scores[arch], confirm_score, predicted,
@@ -148,13 +148,21 @@ class Choice:
         if not drawn:
             return
         luckiest = max(drawn, key=lambda arch: (self.engine.score(arch), arch.key))
-        rung = self.engine.view[luckiest]
-        one, other, show = self.known.values(best, rung), self.known.values(luckiest, rung), self.bench.objective.show
+        values, show = self.bench.confirm([best, luckiest]), self.bench.objective.show
+        one, other = values[best], values[luckiest]
         result = compare(one, other)
         self.notes.append(
-            f"best of {len(drawn)} random children within the budgets: {show(float(other.mean()))} on {len(other)} search-val images, "
-            f"the chosen child {show(float(one.mean()))} (p = {result.p_value:.3g})"
+            f"best of the {len(drawn)} random children known within the budgets: {show(float(other.mean()))} on {len(other)} confirm "
+            f"images, the chosen child {show(float(one.mean()))} (p = {result.p_value:.3g})"
         )
+
+    def _remark_front(self, answers: Sequence[Answer]) -> None:
+        parts = [answer.child.key for answer in answers if answer.name.startswith("front ")]
+        if len(set(parts)) < len(parts):
+            self.notes.append(
+                f"{len(set(parts))} different children for {len(parts)} parts of the range of costs: in some the images show no gain "
+                "over a cheaper child"
+            )
 
     def _remark_resolutions(self) -> None:
         resolutions = {self.space.resolution(arch) for arch in self.archs}

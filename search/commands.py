@@ -34,7 +34,7 @@ ChildTexts = Annotated[
     list[str] | None,
     typer.Option("--child", help="One more child, the best within 'macs<=50M, params<=2M' and every --budget. Repeatable."),
 ]
-Front = Annotated[int, typer.Option("--front", min=0, help="Find this many children, spread over the range of costs.")]
+Front = Annotated[int, typer.Option("--front", min=0, max=100, help="Find this many children, spread over the range of costs.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads that the exported child runs with.")]
 SearchName = Annotated[str, typer.Option("--search", help="A search configuration by name or YAML file.")]
 SearchSet = Annotated[
@@ -57,6 +57,8 @@ class _Search(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Without the name of a command, `run` is meant."""
+        if args and args[0] in self.commands and Path(args[0]).is_dir() and not any(Path(text).is_dir() for text in args[1:]):
+            raise typer.BadParameter(f"{args[0]!r} is a command here: write ./{args[0]} for the directory")
         return super().parse_args(ctx, args if args and args[0] in self.commands else ["run", *args])
 
 
@@ -253,9 +255,12 @@ def show(
     if as_json:
         print_json(shown)
         return
-    print_table(
-        tables.for_terminal(shown, opened.task.show), f"{len(rows)} children evaluated, {len(chosen)} of them asked for"
+    order = (
+        f"sorted by {sort}"
+        if sort
+        else "the best of each zone of macs, * where none cheaper is as good; --sort score lists all"
     )
+    print_table(tables.for_terminal(shown, opened.task.show), f"{len(rows)} children evaluated, {len(chosen)} match; {order}")
 
 
 def export(

@@ -20,6 +20,7 @@ from search.known import Known
 from search.racing import Race
 from search.strategies import Proposal, Result, Strategy
 from supernet.arch import Arch
+from supernet.errors import InputError
 
 REFERENCES = 32
 """Children that tell a race how hard its first images are."""
@@ -67,6 +68,8 @@ class Engine:
     notes: list[str] = field(default_factory=list)
     _generation: int = 0
     _done: int = 0
+    _unsaved: list[Result] = field(default_factory=list)
+    """What the promotion before the polish found: saved with the next asks; a search killed before promotes again."""
 
     def __post_init__(self) -> None:
         self.race, self._top = Race(self.known.rungs), self.known.last
@@ -114,6 +117,12 @@ class Engine:
         """The ends of the space on all images; then what earlier searches left races on for the budgets of this one."""
         self.progress(Event("evaluating: extremes", 0, self.total))
         told = self._raced([Proposal(arch, "extremes") for arch in dict.fromkeys(ends)], protected=ends)
+        failed = [result.arch.key for result in told if result.score is None]
+        if failed:
+            raise InputError(
+                f"the smallest and the largest child are what all others are compared with, but {' and '.join(failed)} could not be "
+                "evaluated: see why with `nestling evaluate RUN --arch largest`, and with --arch smallest"
+            )
         self._climb(self.phases[0])
         told += self._promoted()
         self._save({"phase": 0, "done": 0, "strategy": None}, {result.arch: self._rung(result) for result in told})
@@ -131,10 +140,10 @@ class Engine:
         """One strategy's turn."""
         best = [arch for zone in range(len(self.zones)) if (arch := self.leader(zone)) is not None]
         self._climb(phase)
-        if phase.whole and state is None:
+        if phase.whole and state is None and not (position and self.phases[position - 1].whole):
             self.progress(Event("evaluating: the best on all images", self._done, self.total, self._front()))
-            self._raced([Proposal(arch, self.known.rows[arch].stage) for arch in dict.fromkeys(best)], protected=best)
-            self._promoted()
+            proposals = [Proposal(arch, self.known.rows[arch].stage) for arch in dict.fromkeys(best)]
+            self._unsaved = [*self._raced(proposals, protected=best), *self._promoted()]
         strategy = phase.make([arch for zone in range(len(self.zones)) if (arch := self.leader(zone)) is not None])
         before = sum(earlier.evaluations for earlier in self.phases[:position])
         if state is not None:
@@ -153,7 +162,8 @@ class Engine:
             self._note(strategy)
             self.progress(Event(f"evaluating: {asked[-1].stage}", self._done, self.total, self._front()))
             self._save({"phase": position, "done": self._done, "strategy": strategy.state(), "notes": self.notes},
-                       {result.arch: self._rung(result) for result in told})  # fmt: skip
+                       {result.arch: self._rung(result) for result in (*self._unsaved, *told)})  # fmt: skip
+            self._unsaved = []
         self._note(strategy)
 
     def _climb(self, phase: Phase) -> None:

@@ -200,7 +200,7 @@ class SharedEvaluator:
                 parts[node].append(task.samples(outputs, targets))
 
             walk.through(images, walk.blocks, at_end=at_end)
-        found = {
+        found: dict[Arch, Samples] = {
             arch: {name: torch.cat([part[name] for part in parts[node]]).cpu().numpy() for name in task.columns}
             for node in walk.blocks
             for arch in node.archs

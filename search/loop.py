@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ from search.store import Store
 from search.strategies import Strategy
 from search.strategies.registry import make
 from search.wanted import Wanted, caps, parse_budgets, wanted
+from supernet.arch import Arch
 from supernet.costs import Costs
 from supernet.errors import InputError
 from supernet.evaluate import Evaluator
@@ -44,6 +45,8 @@ from supernet.step import normalised
 if TYPE_CHECKING:
     from search.strategies.relax import Relaxable
 
+MOST_FRONT = 100
+"""Children that one search can be asked for, spread over the costs."""
 RELAXED_BATCH = 128
 """Training images that a loss of the strategy relax is of."""
 
@@ -93,6 +96,8 @@ class _Search:
         self.timed = {
             b.target for b in (*self.budgets, *(b for w in self.wanted for b in w.budgets)) if b.metric == "latency_ms"
         }
+        if not 0 <= self.asked.front <= MOST_FRONT:
+            raise InputError(f"a front has 0 to {MOST_FRONT} children, but got {self.asked.front}")
         unknown = [name for name in self.timed if name not in self.asked.targets]
         if unknown:
             known = [name for name in self.asked.targets if name]
@@ -159,6 +164,10 @@ class _Search:
         found = caps(feasible, count, np.random.default_rng([self.settings.seed, 3]))
         return [Wanted(f"front {number} of {count}", (cap,)) for number, cap in enumerate(found, 1)]
 
+    def _within(self, want: Wanted, feasible: Feasible) -> Feasible:
+        """Of what meets the budgets the part that is wanted."""
+        return Feasible(self.space, self.costs, (*self.budgets, *want.budgets), feasible.models) if want.budgets else feasible
+
     def _strategy(self, feasible: Feasible, evaluator: Evaluator | None) -> Strategy:
         """What the settings name; without an evaluator only to see whether they are right."""
         settings, more = self.settings, dict[str, Any]()
@@ -166,17 +175,24 @@ class _Search:
             more["relaxable"] = frozen(evaluator, settings.seed) if evaluator else object()
         return make(settings.strategy, self.space, feasible, seed=settings.seed, **settings.options, **more)
 
+    def _for(self, want: Wanted, feasible: Feasible, evaluator: Evaluator, starts: Sequence[Arch]) -> Strategy:
+        return self._strategy(self._within(want, feasible), evaluator)
+
+    def _polish(self, want: Wanted, feasible: Feasible, starts: Sequence[Arch]) -> Strategy:
+        return make("local", self.space, self._within(want, feasible), seed=self.settings.seed, starts=starts)
+
     def _engine(self, known: Known, feasible: Feasible, front: list[Wanted], evaluator: Evaluator) -> Engine:
-        settings = self.settings
+        settings, own = self.settings, list(self.wanted)
         self.wanted += front
         zones = [want.budgets for want in self.wanted]
         if not front:
             zones += [(cap,) for cap in caps(feasible, settings.zones, np.random.default_rng([settings.seed, 3]))]
         phases = [
             Phase("random", lambda _: make("random", self.space, feasible, seed=settings.seed), settings.random),
-            Phase(settings.strategy, lambda _: self._strategy(feasible, evaluator), settings.evaluations),
-            Phase("polish", lambda starts: make("local", self.space, feasible, seed=settings.seed, starts=starts), settings.polish,
-                  whole=True),
+            *(Phase(f"{settings.strategy}: {want.name}", partial(self._for, want, feasible, evaluator), many)
+              for want, many in zip(own, shares(settings.evaluations, len(own)), strict=True)),
+            *(Phase(f"polish: {want.name}", partial(self._polish, want, feasible), many, whole=True)
+              for want, many in zip(self.wanted, shares(settings.polish, len(self.wanted)), strict=True)),
         ]  # fmt: skip
         told = json.dumps({
             "zones": [[str(budget) for budget in zone] for zone in zones], "budgets": list(map(str, self.budgets)),
@@ -185,6 +201,11 @@ class _Search:
         }, sort_keys=True)  # fmt: skip
         return Engine(hashlib.sha256(told.encode()).hexdigest()[:16], known, feasible, zones, phases, settings.batch,
                       self.progress)  # fmt: skip
+
+
+def shares(total: int, parts: int) -> list[int]:
+    """`total` in equal parts, the first ones larger by one where it does not divide."""
+    return [total // parts + (at < total % parts) for at in range(parts)]
 
 
 def frozen(evaluator: Evaluator, seed: int) -> Relaxable:
@@ -199,7 +220,7 @@ def frozen(evaluator: Evaluator, seed: int) -> Relaxable:
     def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = np.random.default_rng([seed, step]).permutation(len(pixels))[:RELAXED_BATCH]
         images = normalised(torch.from_numpy(pixels[chosen]).to(device).permute(0, 3, 1, 2), mean, std)
-        return images, evaluator.task.targets(images, torch.from_numpy(train.labels[chosen]).to(device))
+        return images, torch.from_numpy(train.labels[chosen]).to(device)
 
     return FrozenSupernet(supernet, evaluator.task, batch)
 

@@ -37,7 +37,10 @@ LOST = re.compile(r"connection|timed out|timeout|broken pipe|socket|remote (proc
 """What torch's backends say when the other end is gone; they raise plain `RuntimeError`s."""
 
 
-RESUME = "look for its message, then resume with `nestling train --resume --out RUN`, on any number of processes"
+RESUME = (
+    "look for its message, then start the same command again (a training: `nestling train --resume --out RUN`), on any number of "
+    "processes"
+)
 ENDED = f"nestling: ended by SIGTERM, which torchrun sends when another process of this job ended: {RESUME}\n"
 
 

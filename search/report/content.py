@@ -13,9 +13,10 @@ from search.feasible import Feasible
 from search.found import Child, Found
 from search.known import scores_of
 from search.loop import latency_file
+from search.objective import objective_named
 from search.report.figures import Measure
 from search.report.page import ReportContent, write_report
-from search.report.tables import more_tables, objective_of
+from search.report.tables import more_tables
 from search.store import Store
 from supernet import durable
 from supernet.arch import Arch
@@ -48,11 +49,13 @@ def content_of(run: Run) -> ReportContent:
     result = _result(run, found)
     model = _latency_model(run, found)
     with Store.existing(run.path / "search" / "search.sqlite") as store:
-        scored = scores_of(run, store, objective_of(run, found))
+        scored = scores_of(run, store, objective_named(None, run.task))
     return ReportContent(
         title=run.path.name,
         measure=measure,
-        summary=[_summary(name, child, result.get(name), run.task.metric) for name, child in _three(found).items()],
+        summary=[
+            _summary(name, child, result.get(name), run.task.metric, found.objective) for name, child in _three(found).items()
+        ],
         budgets=found.budgets,
         training=training,
         children=_children(run, found, model, scored),
@@ -63,7 +66,7 @@ def content_of(run: Run) -> ReportContent:
         latency_fit=[(key, predicted, measured, True) for key, predicted, measured, _ in model.measured] if model else None,
         latency_fit_error=_fit_error(model) if model else "",
         facts=_facts(run, result),
-        notes=_notes(found, result, "Accuracies" if measure.unit == "%" else "Scores"),
+        notes=_notes(found, result, "Accuracies" if measure.unit == "%" else "Scores", run.task.metric),
     )
 
 
@@ -91,11 +94,11 @@ def _latency_model(run: Run, found: Found) -> LatencyModel | None:
     return LatencyModel.load(path, run.space, None) if path.exists() else None
 
 
-def _summary(name: str, child: Child, tested: Mapping[str, Any] | None, metric: str) -> dict[str, Any]:
-    """Test score where the final result has it; else the confirm split's, without an interval."""
+def _summary(name: str, child: Child, tested: Mapping[str, Any] | None, metric: str, objective: str) -> dict[str, Any]:
+    """Test score where the final result has it; else the confirm split's, without an interval, where that is of this metric."""
     latency = child.latency
     measured = {column: (each.low, each.high) for column, each in child.latencies.items()}
-    shown = tested or {metric: child.confirm_score}
+    shown = tested or ({metric: child.confirm_score} if objective == metric else {})
     return {
         "name": name, "key": child.key, **{part: shown.get(part) for part in (metric, f"{metric}_low", f"{metric}_high")},
         "macs": child.costs["macs"], "params": child.costs["params"], "latency_ms": latency.latency_ms if latency else None,
@@ -156,10 +159,14 @@ def _environment(run: Run) -> dict[str, Any]:
         raise InputError(f"{path} is damaged ({error!r}): restore it from a copy of the run") from error
 
 
-def _notes(found: Found, result: Mapping[str, Any], scores: str) -> list[str]:
+def _notes(found: Found, result: Mapping[str, Any], scores: str, metric: str) -> list[str]:
     which = "test split" if result else "confirm split (the test split was not read)"
     remark = (
         f"{scores} in the first table are of the {which}; those in the picture are of the search-val split, on which the search "
         "compares children and whose best value is therefore a lucky one."
     )
-    return [remark, *(f"{note[0].upper()}{note[1:]}." for note in found.notes)]
+    other = (
+        f"The search made {found.objective} largest: its tables and notes are of that, the first table and the picture are not."
+    )
+    named = [] if found.objective == metric else [other]
+    return [remark, *named, *(f"{note[0].upper()}{note[1:]}." for note in found.notes)]

@@ -10,11 +10,12 @@ import numpy as np
 
 from search.found import Child, Found
 from search.importance import importance
-from search.objective import Objective, objective_named
+from search.objective import Labels, Objective, PerImage, Values, objective_named
 from supernet.arch import Arch
 from supernet.costs import Costs
 from supernet.errors import InputError
 from supernet.run import Run
+from supernet.task import Samples
 
 Table = tuple[str, str, list[dict[str, Any]]]
 """Title, what to know of it, and rows."""
@@ -37,8 +38,9 @@ def _finalists(run: Run, found: Found) -> Table:
     ]  # fmt: skip
     caption = (
         "Compared on the same confirm images, which the search did not see. Expected: what a finalist is to be expected to reach on "
-        "other images, drawn towards the mean of all, since the best of several owes part of its score to luck. p: of being as good as "
-        "the chosen one. Of those that may be the best (95 % confidence set) the cheapest was chosen."
+        "other images, drawn towards the mean of all, since the best of several owes part of its score to luck. p: how often two "
+        "equally good children would differ by at least as much on so many images (two-sided, adjusted by Holm); a large p is no proof "
+        "that they are equal. Of those that may be the best (95 % confidence set) the cheapest was chosen."
     )
     return "Finalists", caption, rows
 
@@ -60,8 +62,10 @@ def _importance(run: Run, scored: Mapping[Arch, float]) -> Table:
     archs = list(scored)
     codes = run.space.encode(archs)
     result = importance(run.space, codes, np.array(list(scored.values())), Costs(run.space).macs(codes).astype(np.float64))
-    rows = [{"dimension": row.dimension, "share of the variance": f"{row.share:.0%} ({max(0.0, row.low):.0%} to {row.high:.0%})"}
-            for row in result.rows]  # fmt: skip
+    shares = {row.dimension: [max(0.0, part) for part in (row.share, row.low, row.high)] for row in result.rows}
+    rows = [
+        {"dimension": name, "share of the variance": "{:.0%} ({:.0%} to {:.0%})".format(*part)} for name, part in shares.items()
+    ]
     return "What matters, at equal macs", result.why, rows
 
 
@@ -82,11 +86,15 @@ def _rivals(run: Run) -> Table:
 
 
 def objective_of(run: Run, found: Found) -> Objective:
-    """What a search made largest; an objective of the user's own is not known any more, and the task's own stands for it."""
+    """What a search made largest, to write its scores; of a user's own objective no more than the name is known, so no unit."""
     try:
         return objective_named(found.objective, run.task)
     except InputError:
-        return objective_named(None, run.task)
+        return PerImage(found.objective, found.objective, "", _unknown)
+
+
+def _unknown(samples: Samples, labels: Labels) -> Values:
+    raise InputError("an objective of the user's own is only known in the program that searched with it: search from there")
 
 
 def _scores(child: Child, show: Callable[[float], str]) -> dict[str, Any]:

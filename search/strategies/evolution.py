@@ -43,7 +43,8 @@ class Evolution(Pooled):
         for name, share in (("crossover", crossover), ("mutation", mutation), ("greed", greed)):
             if not 0 <= share <= 1:
                 raise InputError(f"{name} is a fraction from 0 to 1, but got {share}: give another")
-        offered = list(feasible.table(space.encode([space.smallest])))
+        columns = [*feasible.table(space.encode([space.smallest])), *(budget.column for budget in feasible.budgets)]
+        offered = list(dict.fromkeys(columns))  # a budget's latency, though its model is made later
         for cost in costs:
             if cost not in offered:
                 raise InputError(f"evolution compares {offered}, but got {cost!r}{nearest(cost, offered)}")

@@ -158,7 +158,8 @@ def test_many_updates_are_drawn_a_few_times_a_second_and_remarks_stand_above() -
 # --- a real terminal ---
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins with it ignored
 sys.path.insert(0, {root!r})
 from search.live import LiveFront
 from supernet.console import Display

@@ -39,14 +39,16 @@ ONE = {
 }  # fmt: skip
 
 
-def marks(name: str) -> list[pytest.MarkDecorator]:
+def marks(name: str, space: str = "") -> list[pytest.MarkDecorator]:
     found = []
     if importlib.util.find_spec(f"search.strategies.{STRATEGIES[name][0]}") is None:
         found.append(pytest.mark.skip("not written yet"))
     packages = ["optuna"] * name.startswith("optuna") + ["cmaes"] * name.endswith("cmaes")
     found += [pytest.mark.skip(f"needs {package}") for package in packages if importlib.util.find_spec(package) is None]
-    if name == "optuna:gp":
-        found.append(pytest.mark.slow)  # a second and more for each arch
+    if name not in OWN:  # some take a second and more for each arch
+        found.append(pytest.mark.slow if name in {"predicted", "optuna:tpe", "reinforce", "mcts"} else pytest.mark.nightly)
+    elif space in {"cifar-mbconv", "attentivenas", "cell"}:
+        found.append(pytest.mark.slow)
     return found
 
 
@@ -120,7 +122,7 @@ def sound(feasible: Feasible, archs: Sequence[Arch]) -> None:
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize(("name", "space"), [
-    pytest.param(name, space, marks=marks(name)) for name in STRATEGIES for space in (SPACES if name in OWN else SMALL)
+    pytest.param(name, space, marks=marks(name, space)) for name in STRATEGIES for space in (SPACES if name in OWN else SMALL)
 ])  # fmt: skip
 def test_asks_are_new_archs_of_the_space_within_the_budgets(name: str, space: str, budget: str) -> None:
     feasible = feasible_of(space, budget)

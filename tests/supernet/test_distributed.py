@@ -445,7 +445,7 @@ def assert_told(said: str) -> None:
     told = json.loads(said)
     assert told["kind"] == "ProcessLost"
     assert told["says"].startswith("another process of this job ended or does not answer (")
-    assert told["says"].endswith("`nestling train --resume --out RUN`, on any number of processes")
+    assert told["says"].endswith("(a training: `nestling train --resume --out RUN`), on any number of processes")
     assert "\n" not in told["says"]
 
 

@@ -246,7 +246,9 @@ def test_a_process_is_killed_the_other_says_what_to_do_and_one_process_goes_on(
     assert found.returncode != 0
     (line,) = words(found.stderr)
     assert line.startswith("nestling: ")
-    assert line.endswith("then resume with `nestling train --resume --out RUN`, on any number of processes")
+    assert line.endswith(
+        "then start the same command again (a training: `nestling train --resume --out RUN`), on any number of processes"
+    )
     kept = checkpoint.all_of(out / "checkpoints")
     assert checkpoint.step_of(kept[-1]) == KILLED_AT - 1
     assert [checkpoint.verify(path) for path in kept] == [None] * len(kept)

@@ -51,7 +51,9 @@ class LiveFront:
         self._line = ""
         moving = self.console.is_terminal and not self.console.is_dumb_terminal and not self.console.quiet
         self._live = (
-            Live(self, console=self.console, refresh_per_second=REFRESHES, vertical_overflow="crop", redirect_stdout=False) if moving else None
+            Live(self, console=self.console, refresh_per_second=REFRESHES, vertical_overflow="crop", redirect_stdout=False)
+            if moving
+            else None
         )
 
     def __enter__(self) -> Self:

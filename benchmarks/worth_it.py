@@ -290,6 +290,21 @@ def rows_of(
     return rows
 
 
+def for_report(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """What the report of the supernet's run shows of them (`rivals.json`)."""
+    found = []
+    for row in rows:
+        rival, child = row["baseline"], row["child"]
+        ours = (
+            {} if child is None else {"child at most as slow": f"{child['name']}: {child['top1']:.2%} at {child['latency_ms']:.4g} ms",
+                                      "difference": f"{child['difference']:+.2%} (p = {child['p_value']:.2g}): {child['verdict']}"}
+        )  # fmt: skip
+        found.append(
+            {"network": rival["name"], "top1": f"{rival['top1']:.2%}", "latency": f"{rival['latency_ms']:.4g} ms", **ours}
+        )
+    return found
+
+
 def summary(one: Contender, bits: Bits, timing: Timing) -> dict[str, Any]:
     """A side of a row."""
     top1 = Classification().estimate(bits)
@@ -386,6 +401,7 @@ def main() -> None:
     found = children(work, run, archs)
     rows = rows_of(run, baselines, found, archs, 3 if given.quick else 30)
     show(rows)
+    write_json(run.path / "rivals.json", {"format": 1, "rows": for_report(rows)})
     spent = {
         "train": figures["cpu_seconds"],
         "train_macs": figures["macs"],

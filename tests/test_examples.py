@@ -65,7 +65,9 @@ def test_every_command_and_link_of_the_readme_exists() -> None:
 
     text = (ROOT / "README.md").read_text()
     known = {command.name or command.callback.__name__ for command in nestling.app.registered_commands if command.callback}
-    known |= {str(group.typer_instance.info.name) for group in nestling.app.registered_groups if group.typer_instance}
+    known |= {
+        str(group.name or (group.typer_instance and group.typer_instance.info.name)) for group in nestling.app.registered_groups
+    }
     assert set(re.findall(r"nestling ([a-z]+)[ `]", text)) <= known
     assert known <= set(re.findall(r"nestling ([a-z]+)[ `]", text))
     for link in re.findall(r"\]\(([^)#:]+)\)", text):

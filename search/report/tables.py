@@ -70,7 +70,7 @@ def _importance(run: Run, scored: Mapping[Arch, float]) -> Table:
 
 
 def _rivals(run: Run) -> Table:
-    """Networks of others, trained on the same data and measured beside a child of ours (`benchmarks/worth_it.py --run RUN`)."""
+    """Networks of others, trained on the same data and measured beside a child of ours (`benchmarks/worth_it.py` writes it)."""
     path = run.path / "rivals.json"
     if not path.is_file():
         return "Is it worth it?", "", []

@@ -45,6 +45,7 @@ from supernet import config
 from supernet.arch import Arch
 from supernet.costs import Costs, arch_costs
 from supernet.device import keep_memory
+from supernet.durable import write_json
 from supernet.errors import InputError
 from supernet.recipe import TrainConfig
 from supernet.run import Run, environment

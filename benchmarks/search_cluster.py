@@ -41,8 +41,8 @@ from supernet.checkpoint import Checkpoint
 from supernet.distributed import world
 from supernet.model import Supernet
 from supernet.run import Run, environment
+from supernet.samples import Samples
 from supernet.start import start
-from supernet.task import Samples
 
 SEED, WORKERS, PARENTS, RATE = 17, 2, 4, 0.1
 

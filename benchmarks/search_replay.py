@@ -29,8 +29,9 @@ from search.store import Store
 from search.trie import macs_alone, macs_shared
 from supernet.arch import Arch
 from supernet.costs import Costs
+from supernet.samples import Samples
 from supernet.space import Space
-from supernet.task import Classification, Samples
+from supernet.task import Classification
 
 
 @dataclass(frozen=True)

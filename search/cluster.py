@@ -29,12 +29,13 @@ from search.trie import ordered
 from supernet.arch import Arch
 from supernet.errors import InputError
 from supernet.run import Run
+from supernet.samples import unpack
 
 if TYPE_CHECKING:
     from search.evaluate import Advancing
     from search.rungs import Rung
     from supernet.model import Supernet
-    from supernet.task import Samples
+    from supernet.samples import Samples
 
 INSTALL = 'Ray is not installed: pip install "nestling[ray]"'
 FORMS = "--workers is ray, ray:ACTORS, ray://HOST:PORT or ray://HOST:PORT/ACTORS"
@@ -356,7 +357,7 @@ class RayEvaluator:
     def _result(self, archs: Sequence[Arch], row: Sequence[Arch], rung: int, parts: Sequence[Part]) -> dict[Arch, Samples]:
         self.spent = sum((part.spent for part in parts), self.spent)
         images, task = self.rungs[rung].images - (self.rungs[rung - 1].images if rung else 0), self.run.task
-        found = {row[at]: task.unpack_samples(data, images) for part in parts for at, data in part.packed.items()}
+        found = {row[at]: unpack(data, images, task.columns) for part in parts for at, data in part.packed.items()}
         self.failed |= {row[at]: reason for part in parts for at, reason in part.failed.items()}
         return {arch: found[arch] for arch in archs if arch in found}
 

@@ -277,7 +277,7 @@ def export(
 
     opened = Run.open(run)
     with Store.existing(run / "search" / "search.sqlite") as store:
-        rows = tables.children(store, opened.task.unpack_samples if samples else None)
+        rows = tables.children(store, opened.task.columns if samples else None)
     print(f"{tables.export(rows, out)}: {len(rows)} children")
 
 

@@ -28,7 +28,7 @@ from supernet.device import fitting_threads
 from supernet.errors import InputError
 from supernet.evaluate import CALIBRATION_BATCH, Evaluator
 from supernet.model import twin
-from supernet.task import Samples
+from supernet.samples import Samples
 
 GIB = 2**30
 Kept = TypeVar("Kept")

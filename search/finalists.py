@@ -18,6 +18,7 @@ from search.store import Confirmed, Measurement, Store
 from supernet.arch import Arch
 from supernet.evaluate import Evaluator
 from supernet.run import Run
+from supernet.samples import pack, unpack
 from supernet.task import Estimate
 
 Latencies = Mapping[str | None, Latency]
@@ -69,14 +70,14 @@ class Bench:
         found = {}
         for arch in archs:
             if arch.key in known:
-                samples = task.unpack_samples(known[arch.key].samples, known[arch.key].images)
+                samples = unpack(known[arch.key].samples, known[arch.key].images, task.columns)
             else:
                 network, resolution = self.evaluator.calibrated(arch), self.run.space.resolution(arch)
                 samples = self.evaluator.samples(network, resolution, split)
             values = self.objective.values(samples, split.labels, len(self.run.classes))
             if arch.key not in known:
                 score = float(values.mean(dtype=np.float64))
-                self.store.add_confirmed([Confirmed(arch.key, task.pack_samples(samples), score, len(split))])
+                self.store.add_confirmed([Confirmed(arch.key, pack(samples, task.columns), score, len(split))])
             found[arch] = values
         return found
 

@@ -17,8 +17,9 @@ from search.store import Row, Store
 from supernet.arch import Arch
 from supernet.costs import Costs
 from supernet.run import Run
+from supernet.samples import Samples, pack, unpack
 from supernet.space import Space
-from supernet.task import Samples, Task
+from supernet.task import Task
 
 AT_ONCE = 32
 """Children evaluated between two writes to the store: what a killed search loses at most."""
@@ -51,7 +52,7 @@ class Known:
     def samples(self, arch: Arch, rung: int) -> Samples:
         """What a child did on the images of a rung and those below."""
         row, images = self.rows[arch], self.rungs[rung].images
-        return {name: column[:images] for name, column in self.task.unpack_samples(row.samples, row.images).items()}
+        return {name: column[:images] for name, column in unpack(row.samples, row.images, self.task.columns).items()}
 
     def values(self, arch: Arch, rung: int) -> NDArray[Any]:
         """The objective's value of every image of a rung and those below, shape (images,); their mean is the score there."""
@@ -105,9 +106,9 @@ class Known:
         rows = []
         for position, (arch, added) in enumerate(found.items()):
             old = self.rows.get(arch)
-            samples = _joined(self.task.unpack_samples(old.samples, old.images), added) if old else added
+            samples = _joined(unpack(old.samples, old.images, self.task.columns), added) if old else added
             rows.append(Row(
-                arch.key, arch.to_json(), old.stage if old else stages[arch], rung, self.task.pack_samples(samples),
+                arch.key, arch.to_json(), old.stage if old else stages[arch], rung, pack(samples, self.task.columns),
                 self.rungs[rung].images, self._score(samples), {name: float(values[position]) for name, values in table.items()},
                 macs + (old.macs_spent if old else 0), seconds + (old.seconds if old else 0),
             ))  # fmt: skip

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from supernet.errors import InputError
-from supernet.task import Samples, Task
+from supernet.samples import Samples
+from supernet.task import Task
 
 Values = NDArray[Any]
 Labels = NDArray[np.int64]
@@ -116,19 +117,6 @@ class MacroF1(_Shown):
 
 
 @dataclass(frozen=True)
-class Psnr(_Shown):
-    """Peak signal-to-noise ratio of each image."""
-
-    name: str = "psnr_db"
-    title: str = "PSNR"
-    unit: str = "dB"
-
-    def values(self, samples: Samples, labels: Labels, classes: int) -> Values:
-        """In dB, float64."""
-        return np.asarray(_column(samples, "psnr_db", labels), np.float64)
-
-
-@dataclass(frozen=True)
 class PerImage(_Shown):
     """A user's own objective: a function (samples, labels) -> a finite value for every image, larger is better."""
 
@@ -151,18 +139,52 @@ class PerImage(_Shown):
 OBJECTIVES: dict[str, Objective] = {
     objective.name: objective
     for objective in (
-        TopK("top1", "top-1 accuracy", 1), TopK("top5", "top-5 accuracy", 5), BalancedAccuracy(), MacroF1(), Psnr(),
+        TopK("top1", "top-1 accuracy", 1), TopK("top5", "top-5 accuracy", 5), BalancedAccuracy(), MacroF1(),
     )
 }  # fmt: skip
 """Name -> objective; code may add its own here."""
 
-_COLUMNS = {"top1": "rank", "top5": "rank", "balanced_accuracy": "rank", "macro_f1": "predicted", "psnr_db": "psnr_db"}
+
+@dataclass(frozen=True)
+class _Metric:
+    """The metric of a task that is no objective of ours: a column of its samples, larger is better."""
+
+    task: Task | type[Task]
+
+    @property
+    def name(self) -> str:
+        return self.task.metric
+
+    @property
+    def title(self) -> str:
+        return self.task.title
+
+    @property
+    def unit(self) -> str:
+        return self.task.unit
+
+    def show(self, value: float) -> str:
+        return self.task.show(value)
+
+    def values(self, samples: Samples, labels: Labels, classes: int) -> Values:
+        column = np.asarray(_column(samples, self.name, labels))
+        return column if column.dtype == bool else column.astype(np.float64)
+
+
+_COLUMNS = {"top1": "rank", "top5": "rank", "balanced_accuracy": "rank", "macro_f1": "predicted"}
 
 
 def objective_named(name: str | None, task: Task | type[Task]) -> Objective:
-    """The objective of that name; of None the task's own metric. Raises `InputError` where the task has no such objective."""
+    """The objective of that name; of None the task's own metric, which is an objective or a column of its samples.
+
+    Raises `InputError` where the task has no such objective.
+    """
     wanted = task.metric if name is None else name
     fitting = [one for one in OBJECTIVES if _COLUMNS.get(one) in {None, *task.columns}]
+    if task.metric in task.columns and task.metric not in OBJECTIVES:
+        fitting.append(task.metric)
+        if wanted == task.metric:
+            return _Metric(task)
     if wanted not in fitting:
         raise InputError(f"objective of a {task.name} task must be one of {fitting}, but got {wanted!r}: choose one of them")
     return OBJECTIVES[wanted]

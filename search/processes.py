@@ -23,7 +23,8 @@ from search.trie import Trie, macs_alone, ordered
 from supernet.arch import Arch
 from supernet.distributed import TIMEOUT_S, ProcessLost, World
 from supernet.errors import InputError
-from supernet.task import Samples, Task
+from supernet.samples import Samples, pack, unpack
+from supernet.task import Task
 
 if TYPE_CHECKING:
     from search.evaluate import Advancing
@@ -89,7 +90,7 @@ def attempt(evaluator: Advancing, archs: Mapping[int, Arch], rung: int, task: Ta
         found, reasons = {}, {}
     for position, arch in archs.items():
         if arch in found:
-            part.packed[position] = task.pack_samples(found[arch])
+            part.packed[position] = pack(found[arch], task.columns)
         elif not part.fatal:
             part.failed[position] = reasons.get(arch, "it could not be evaluated")
     part.spent, part.seconds = difference(evaluator.spent, before), time.process_time() - begin
@@ -202,7 +203,7 @@ class ProcessEvaluator:
         if fatal:
             raise InputError(fatal)
         images = self.rungs[rung].images - (self.rungs[rung - 1].images if rung else 0)
-        found = {row[at]: self.task.unpack_samples(data, images) for part in parts for at, data in part.packed.items()}
+        found = {row[at]: unpack(data, images, self.task.columns) for part in parts for at, data in part.packed.items()}
         self.failed |= {row[at]: reason for part in parts for at, reason in part.failed.items()}
         return {arch: found[arch] for arch in archs if arch in found}
 

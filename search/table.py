@@ -21,27 +21,26 @@ from search.budget import Budget
 from search.store import Row, Store
 from supernet import durable
 from supernet.errors import InputError
-from supernet.task import Samples
+from supernet.samples import Columns, unpack
 
 INSTALL = "pip install 'nestling[data]'"
 ZONES = 8
 """Rows of `best_by_zone`, unless told otherwise."""
 
-Unpack = Callable[[bytes, int], Samples]
 Child = dict[str, Any]
 
 
-def children(store: Store, unpack: Unpack | None = None) -> list[Child]:
+def children(store: Store, columns: Columns | None = None) -> list[Child]:
     """A row for every evaluated child, in the order of evaluation; what is not known is None.
 
-    With `unpack` (a task's `unpack_samples`), also `samples.NAME`: an array of a value for every image, in the split's order.
+    With a task's `columns`, also `samples.NAME`: an array of a value for every image, in the split's order.
     Raises `InputError` where the file is damaged.
     """
     confirmed = {each.key: each for each in store.confirmed(samples=False)}
     latencies = _latencies(store)
     targets = sorted({name for known in latencies.values() for name in known})
     found = []
-    for row in store.rows(samples=unpack is not None):
+    for row in store.rows(samples=columns is not None):
         result, known = confirmed.get(row.key), latencies.get(row.key, {})
         found.append({
             "key": row.key, "stage": row.stage, "rung": row.rung, "score": row.score, "images": row.images,
@@ -49,10 +48,10 @@ def children(store: Store, unpack: Unpack | None = None) -> list[Child]:
             **{name: known.get(name) for name in targets},
             "macs_spent": row.macs_spent, "seconds": row.seconds, "created": row.created,
             **{f"arch.{name}": choice for name, choice in _arch(store, row).items()},
-            **(_samples(store, row, unpack) if unpack else {}),
+            **(_samples(store, row, columns) if columns else {}),
         })  # fmt: skip
-    columns = list(dict.fromkeys(name for child in found for name in child))
-    return [{name: child.get(name) for name in columns} for child in found]
+    names = list(dict.fromkeys(name for child in found for name in child))
+    return [{name: child.get(name) for name in names} for child in found]
 
 
 def _latencies(store: Store) -> dict[str, dict[str, float]]:
@@ -71,9 +70,9 @@ def _arch(store: Store, row: Row) -> dict[str, Any]:
         raise InputError(f"{store.path}: the arch of {row.key} is damaged: restore a copy, or search again") from error
 
 
-def _samples(store: Store, row: Row, unpack: Unpack) -> dict[str, Any]:
+def _samples(store: Store, row: Row, columns: Columns) -> dict[str, Any]:
     try:
-        return {f"samples.{name}": values for name, values in unpack(row.samples, row.images).items()}
+        return {f"samples.{name}": values for name, values in unpack(row.samples, row.images, columns).items()}
     except ValueError as error:
         raise InputError(
             f"{store.path}: the samples of {row.key} are damaged ({error}): restore a copy, or search again"

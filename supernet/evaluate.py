@@ -5,6 +5,7 @@ In a job of several processes the batches and images are divided among them, and
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,8 +22,9 @@ from supernet.data.dataset import SplitImages
 from supernet.device import fitting_threads
 from supernet.distributed import ALONE, World
 from supernet.model import Supernet
+from supernet.samples import Samples, pack, unpack
 from supernet.step import normalised
-from supernet.task import Samples, Scores, Task
+from supernet.task import Scores, Task
 
 CALIBRATION_BATCH = 256
 
@@ -58,16 +60,20 @@ class Evaluator:
         own = self._measured(network, resolution, split, lambda outputs, targets: {"": self.task.scores(outputs, targets)})
         if self.world.size == 1 and own is not None:
             return own[""]
-        packed = b"" if own is None else self.task.pack(own[""])
-        return np.concatenate([self.task.unpack(part, count) for part, count in self._of_all(packed, len(split))])
+        saved = io.BytesIO()
+        np.save(saved, np.empty(0, bool) if own is None else own[""], allow_pickle=False)
+        parts = [
+            np.load(io.BytesIO(part), allow_pickle=False) for part, count in self._of_all(saved.getvalue(), len(split)) if count
+        ]
+        return np.concatenate(parts) if parts else np.empty(0, bool)
 
     def samples(self, network: nn.Module, resolution: int, split: SplitImages) -> Samples:
         """What the network does on every image of `split` (`Task.samples`), columns of shape (images,), in the split's order."""
         own = self._measured(network, resolution, split, self.task.samples)
         if self.world.size == 1 and own is not None:
             return own
-        packed = b"" if own is None else self.task.pack_samples(own)
-        parts = [self.task.unpack_samples(part, count) for part, count in self._of_all(packed, len(split)) if count]
+        packed = b"" if own is None else pack(own, self.task.columns)
+        parts = [unpack(part, count, self.task.columns) for part, count in self._of_all(packed, len(split)) if count]
         none = {name: np.empty(0, np.dtype(dtype).newbyteorder("=")) for name, dtype in self.task.columns.items()}
         return {name: np.concatenate([empty, *(part[name] for part in parts)]) for name, empty in none.items()}
 

@@ -6,8 +6,6 @@ Axes: N images, K classes, C channels, H W space.
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
@@ -20,12 +18,10 @@ from torch.nn import functional as F
 from supernet import losses
 from supernet.errors import InputError
 from supernet.losses import SOFT, Distillation
+from supernet.samples import Columns
 
 Scores = NDArray[Any]
 """A score for every image, shape (N,), larger is better."""
-Samples = Mapping[str, NDArray[Any]]
-"""What a child did on every image: columns of shape (N,), in the split's order. Those of two runs of images join end to end."""
-
 MOST_SAMPLED_CLASSES = 2**16
 """Classes that a column of 16 bits can tell apart."""
 
@@ -65,8 +61,8 @@ class Task(Protocol):
     """What the loss is, with its unit."""
     own_images: ClassVar[bool]
     """Whether targets, and so scores, are of the image at the child's own resolution."""
-    columns: ClassVar[Mapping[str, str]]
-    """The columns of its samples: name -> NumPy's dtype, little-endian."""
+    columns: ClassVar[Columns]
+    """What its samples keep of every image. A search makes `metric` large: an objective of that name, or else the column."""
 
     @classmethod
     def of(cls, std: tuple[float, ...]) -> Self:
@@ -110,24 +106,8 @@ class Task(Protocol):
         """A score for every image, shape (N,)."""
         ...
 
-    def pack(self, scores: Scores) -> bytes:
-        """Scores as bytes for the store."""
-        ...
-
-    def unpack(self, packed: bytes, images: int) -> Scores:
-        """Inverse of `pack`."""
-        ...
-
     def samples(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """What the child did on every image, each column of shape (N,): all that an objective may want to know later."""
-        ...
-
-    def pack_samples(self, samples: Samples) -> bytes:
-        """Samples as few bytes."""
-        ...
-
-    def unpack_samples(self, packed: bytes, images: int) -> Samples:
-        """Inverse of `pack_samples`. Raises `ValueError` where the bytes are damaged or of another number of images."""
         ...
 
     def estimate(self, scores: Scores) -> Estimate:
@@ -148,7 +128,7 @@ class Classification:
     unit: ClassVar[str] = "%"
     loss_title: ClassVar[str] = "cross entropy to the labels"
     own_images: ClassVar[bool] = False
-    columns: ClassVar[Mapping[str, str]] = {"rank": "<u2", "predicted": "<u2", "loss": "<f2"}
+    columns: ClassVar[Columns] = {"rank": "<u2", "predicted": "<u2", "loss": "<f2"}
 
     @classmethod
     def of(cls, std: tuple[float, ...]) -> Self:
@@ -187,16 +167,6 @@ class Classification:
         """Whether each image is classified rightly, shape (N,), bool; of probabilities (mixed images) the likeliest class counts."""
         return outputs.argmax(-1) == (targets.argmax(-1) if targets.is_floating_point() else targets)
 
-    def pack(self, scores: Scores) -> bytes:
-        """A bit an image."""
-        return np.packbits(scores.astype(bool)).tobytes()
-
-    def unpack(self, packed: bytes, images: int) -> Scores:
-        """Bits back to bools, shape (images,). Raises `ValueError` where the bytes are of another number of images."""
-        if len(packed) != math.ceil(images / 8):
-            raise ValueError(f"scores of {images} images take {math.ceil(images / 8)} bytes, but there are {len(packed)}")
-        return np.unpackbits(np.frombuffer(packed, np.uint8), count=images).astype(bool)
-
     def samples(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Each of shape (N,), of logits (N, K): `rank`, `predicted` and `loss`.
 
@@ -223,14 +193,6 @@ class Classification:
         most = torch.finfo(torch.float16).max
         loss = F.cross_entropy(wide, targets, reduction="none").nan_to_num(nan=most).clamp(max=most)
         return {"rank": rank.to(torch.uint16), "predicted": first.to(torch.uint16), "loss": loss.to(torch.float16)}
-
-    def pack_samples(self, samples: Samples) -> bytes:
-        """The columns, compressed: about 2.5 bytes an image."""
-        return _packed(samples, self.columns)
-
-    def unpack_samples(self, packed: bytes, images: int) -> Samples:
-        """Columns of shape (images,). Raises `ValueError` where the bytes are damaged or of another number of images."""
-        return _unpacked(packed, images, self.columns)
 
     def estimate(self, scores: Scores) -> Estimate:
         """top1 with its Wilson score interval (Wilson 1927), honest also near 0 and 1."""
@@ -277,7 +239,7 @@ class Regression:
     unit: ClassVar[str] = "dB"
     loss_title: ClassVar[str] = "mean squared error of normalised pixels"
     own_images: ClassVar[bool] = True
-    columns: ClassVar[Mapping[str, str]] = {"psnr_db": "<f4"}
+    columns: ClassVar[Columns] = {"psnr_db": "<f4"}
 
     std: tuple[float, ...] = (1.0,)
     """Standard deviation of the pixels (0..1) that images were divided by, a number a channel."""
@@ -324,27 +286,9 @@ class Regression:
         error = ((outputs.double() - targets.double()) * std).square().mean((1, 2, 3)).nan_to_num(nan=WORST, posinf=WORST)
         return (-10 * error.clamp_min(10 ** (-MOST_PSNR_DB / 10)).log10()).float()
 
-    def pack(self, scores: Scores) -> bytes:
-        """A float32 an image."""
-        return scores.astype("<f4").tobytes()
-
-    def unpack(self, packed: bytes, images: int) -> Scores:
-        """Floats, shape (images,). Raises `ValueError` where the bytes are of another number of images."""
-        if len(packed) != 4 * images:
-            raise ValueError(f"scores of {images} images take {4 * images} bytes, but there are {len(packed)}")
-        return np.frombuffer(packed, "<f4").astype(np.float32)
-
     def samples(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """`psnr_db` is the score of each image, shape (N,), fp32."""
         return {"psnr_db": self.scores(outputs, targets)}
-
-    def pack_samples(self, samples: Samples) -> bytes:
-        """The columns, compressed."""
-        return _packed(samples, self.columns)
-
-    def unpack_samples(self, packed: bytes, images: int) -> Samples:
-        """Columns of shape (images,). Raises `ValueError` where the bytes are damaged or of another number of images."""
-        return _unpacked(packed, images, self.columns)
 
     def estimate(self, scores: Scores) -> Estimate:
         """Mean PSNR with Student's t interval. Raises `InputError` for fewer than two images."""
@@ -364,33 +308,6 @@ class Regression:
             return Comparison(difference, difference, difference, 1.0 if difference == 0 else 0.0)
         p_value = float(2 * t.sf(abs(difference) / error, len(one) - 1))
         return Comparison(difference, difference - reach, difference + reach, p_value)
-
-
-def _packed(samples: Samples, columns: Mapping[str, str]) -> bytes:
-    """All first bytes of a column's numbers, then all second ones, which zlib makes much smaller than numbers one by one."""
-    planes = [np.ascontiguousarray(samples[name], dtype).view(np.uint8) for name, dtype in columns.items()]
-    widths = [np.dtype(dtype).itemsize for dtype in columns.values()]
-    turned = [plane.reshape(-1, width).T.tobytes() for plane, width in zip(planes, widths, strict=True)]
-    return zlib.compress(b"".join(turned), 1)
-
-
-def _unpacked(packed: bytes, images: int, columns: Mapping[str, str]) -> Samples:
-    """Never makes more than the bytes that `images` images have."""
-    dtypes = {name: np.dtype(dtype) for name, dtype in columns.items()}
-    size = images * sum(dtype.itemsize for dtype in dtypes.values())
-    unzip = zlib.decompressobj()
-    try:
-        whole = unzip.decompress(packed, max(0, size) + 1)
-    except zlib.error as error:
-        raise ValueError(f"samples of {images} images are damaged ({error})") from error
-    if len(whole) != size or not unzip.eof or unzip.unused_data:
-        raise ValueError(f"samples of {images} images take {size} bytes, but there are other bytes, or more, or fewer")
-    samples, start = {}, 0
-    for name, dtype in dtypes.items():
-        planes = np.frombuffer(whole, np.uint8, images * dtype.itemsize, start).reshape(dtype.itemsize, images)
-        samples[name] = np.ascontiguousarray(planes.T).view(dtype).reshape(images).astype(dtype.newbyteorder("="), copy=False)
-        start += planes.size
-    return samples
 
 
 def _mean_and_error(values: Scores) -> tuple[float, float]:

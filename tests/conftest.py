@@ -33,17 +33,6 @@ SLOW_CONFORMANCE = ("for_200_children", "arch-0", "arch-1", "arch-2", "every_bat
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Much of the conformance suite is slow here; whoever runs it over a family of their own runs all of it."""
     for item in items:
-        unproved = (
-            "tests/search/",
-            "test_the_benchmark_ends",
-            "test_train_distributed",
-            "test_command_line",
-            "test_examples",
-            "test_cell.py::test_children_train",
-            "test_mlp.py::test_",
-        )
-        if item.get_closest_marker("slow") and any(part in item.nodeid for part in unproved):
-            item.add_marker(pytest.mark.nightly)  # not seen to pass on an idle machine since the search engine changed
         if "for_200_children" in item.name and ("test_mbconv" in item.nodeid or "TestOdd" in item.nodeid):
             item.add_marker(pytest.mark.nightly)  # the digits are of that family too
         if "conformance" in item.path.parts and any(part in item.name for part in SLOW_CONFORMANCE):

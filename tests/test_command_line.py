@@ -582,4 +582,4 @@ def test_a_real_folder_of_images_goes_the_whole_way_and_its_bundle_predicts(tmp_
         "search", str(out), "--budget", f"latency_ms<={limit:.4g}", "--search", str(tiny_search), "--json"
     )
     assert tighter.returncode == 0, tighter.stderr
-    assert json.loads(tighter.stdout)["best"]["latency"]["high"] <= limit
+    assert json.loads(tighter.stdout)["best"]["latencies"]["latency_ms"]["high"] <= limit

@@ -15,7 +15,7 @@ from supernet.arch import Arch
 from supernet.costs import Costs
 from supernet.errors import InputError
 from supernet.run import Run
-from supernet.task import Samples
+from supernet.samples import Samples
 
 Table = tuple[str, str, list[dict[str, Any]]]
 """Title, what to know of it, and rows."""

@@ -20,7 +20,7 @@ from search.rungs import Rung
 from supernet.arch import Arch
 from supernet.errors import InputError
 from supernet.run import Run
-from supernet.task import Samples
+from supernet.samples import Samples, unpack
 
 ROOT = Path(__file__).parents[2]
 RUNGS = (Rung(16, 16), Rung(24, 32))
@@ -124,7 +124,7 @@ def test_a_machine_without_the_run_gets_it_from_the_object_store(tiny_run: Run, 
     holder = Holder(order(tiny_run, path=tmp_path / "elsewhere"))
     assert holder.open() == ""
     arch = tiny_run.space.largest
-    found = tiny_run.task.unpack_samples(holder.advance({3: arch.as_dict()}, 0).packed[3], RUNGS[0].images)
+    found = unpack(holder.advance({3: arch.as_dict()}, 0).packed[3], RUNGS[0].images, tiny_run.task.columns)
     assert_same({arch: found}, alone(tiny_run).advance([arch], 0))
 
 

@@ -11,7 +11,8 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, t
 from search.objective import OBJECTIVES, PerImage, objective_named, on_first
 from search.statistics import compare, confidence_set, shrunk
 from supernet.errors import InputError
-from supernet.task import Classification, Regression, Samples
+from supernet.samples import Samples
+from supernet.task import Classification, Regression
 
 
 def guesses(labels: np.ndarray, classes: int, accuracy: float | np.ndarray, rng: np.random.Generator) -> Samples:
@@ -145,20 +146,40 @@ def test_values_on_the_first_images_are_computed_of_them_alone() -> None:
 
 
 def test_psnr_and_texts() -> None:
-    values = OBJECTIVES["psnr_db"].values({"psnr_db": np.float32([20, 30])}, np.zeros(2, np.int64), 1)
+    values = objective_named(None, Regression).values({"psnr_db": np.float32([20, 30])}, np.zeros(2, np.int64), 1)
     assert values.tolist() == [20, 30]
-    assert OBJECTIVES["psnr_db"].show(values.mean()) == "25.00 dB"
+    assert objective_named("psnr_db", Regression).show(values.mean()) == "25.00 dB"
     assert OBJECTIVES["macro_f1"].show(0.9312) == "93.12%"
     for name, objective in OBJECTIVES.items():
         assert objective.name == name
         assert objective.title
-        assert objective.unit in {"%", "dB"}
+        assert objective.unit == "%"
 
 
 def test_objectives_of_tasks() -> None:
     assert objective_named(None, Classification).name == "top1"
     assert objective_named(None, Regression()).name == "psnr_db"
     assert objective_named("macro_f1", Classification()).name == "macro_f1"
+
+
+def test_a_tasks_own_metric_is_an_objective_where_it_is_a_column() -> None:
+    class Own(Classification):
+        metric, title, unit, columns = "margin", "margin of the label", "nats", {"margin": "<f4"}
+
+        @staticmethod
+        def show(value: float) -> str:
+            return f"{value:.1f} nats"
+
+    own, samples = objective_named(None, Own), {"margin": np.float32([0.5, 1.5])}
+    assert (own.name, own.title, own.unit, own.show(1.0)) == ("margin", "margin of the label", "nats", "1.0 nats")
+    values = own.values(samples, np.zeros(2, np.int64), 3)
+    assert values.tolist() == [0.5, 1.5] and values.dtype == np.float64
+    assert objective_named("margin", Own()).name == "margin"
+    with pytest.raises(InputError, match="must be one of"):
+        objective_named("margin", Classification)
+    Own.columns = {"loss": "<f4"}
+    with pytest.raises(InputError, match="must be one of"):
+        objective_named(None, Own)
 
 
 def test_an_objective_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from supernet.arch import Arch
 from supernet.distributed import ALONE, ProcessLost, World, world
 from supernet.errors import InputError
 from supernet.run import Run
-from supernet.task import Samples
+from supernet.samples import Samples, pack, unpack
 
 ROOT = Path(__file__).parents[2]
 RUNGS = (Rung(16, 16), Rung(24, 32))
@@ -77,7 +77,7 @@ def job_same(run: Run, all_: World, out: Path) -> None:
             return
         time.sleep(float(os.environ["NESTLING_TIMEOUT_S"]) * 1.5)
         found = [advancing.advance(archs, 0), advancing.advance(archs[::-2], 1), advancing.advance([], 0)]
-        told = [{arch.key: run.task.pack_samples(each).hex() for arch, each in part.items()} for part in found]
+        told = [{arch.key: pack(each, run.task.columns).hex() for arch, each in part.items()} for part in found]
         failed = {arch.key: reason for arch, reason in advancing.failed.items()}
         result = {"found": told, "failed": failed, "images": advancing.spent.image_forwards}
     (out / "result.json").write_text(json.dumps(result))
@@ -229,7 +229,7 @@ def test_two_processes_find_what_one_finds_and_wait_for_a_busy_main_one(tiny_run
         images = RUNGS[rung].images - (RUNGS[rung - 1].images if rung else 0)
         assert list(found) == [arch.key for arch in expected]  # in the order asked for
         for arch, samples in expected.items():
-            unpacked = tiny_run.task.unpack_samples(bytes.fromhex(found[arch.key]), images)
+            unpacked = unpack(bytes.fromhex(found[arch.key]), images, tiny_run.task.columns)
             np.testing.assert_array_equal(unpacked["rank"], samples["rank"])
             np.testing.assert_allclose(unpacked["loss"], samples["loss"], rtol=2e-2, atol=2e-3)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,12 +17,13 @@ from deploy.ship import ship
 from search.found import Found
 from search.loop import Asked, search
 from search.settings import SearchConfig
-from search.store import Store
+from search.store import Confirmed, Row, Store
 from supernet import durable
 from supernet.errors import InputError
 from supernet.families.mbconv import MBConvFamily
 from supernet.losses import SOFT, Distillation
 from supernet.run import Run
+from supernet.samples import pack, unpack
 from supernet.task import TASKS, Comparison, Estimate, Scores, Task
 from supernet.train import train
 
@@ -42,6 +43,7 @@ class Numbers:
     unit = "classes squared"
     loss_title = "squared error"
     own_images = False
+    columns: ClassVar = {"negative_squared_error": "<f8"}
 
     @classmethod
     def of(cls, std: tuple[float, ...]) -> Numbers:
@@ -71,11 +73,8 @@ class Numbers:
     def scores(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return -(outputs[:, 0].double() - targets).square()
 
-    def pack(self, scores: Scores) -> bytes:
-        return scores.astype("<f8").tobytes()
-
-    def unpack(self, packed: bytes, images: int) -> Scores:
-        return np.frombuffer(packed, "<f8", count=images)
+    def samples(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        return {self.metric: self.scores(outputs, targets)}
 
     def estimate(self, scores: Scores) -> Estimate:
         error = stats.sem(scores) * stats.t.ppf(0.975, len(scores) - 1)
@@ -126,8 +125,9 @@ def own(trained: Run, tmp_path: Path) -> Run:
 
 def test_the_task_has_all_that_a_task_must_bring() -> None:
     task: Task = Numbers()
-    scores = -np.random.default_rng(0).random(7)
-    assert np.array_equal(task.unpack(task.pack(scores), 7), scores)
+    outputs, targets = torch.rand(7, 3, dtype=torch.float64), torch.arange(7)
+    samples = {name: column.numpy() for name, column in task.samples(outputs, targets).items()}
+    assert np.array_equal(unpack(pack(samples, task.columns), 7, task.columns)[task.metric], task.scores(outputs, targets))
 
 
 def test_training_logs_the_metric_of_the_task_and_learns(trained: Run) -> None:
@@ -153,23 +153,29 @@ def test_a_search_chooses_by_the_mean_score_and_keeps_every_float(
     split = own.dataset.split("search_val")
     with Store.existing(own.path / "search" / "search.sqlite") as store:
         for row in store.rows():
-            scores = own.task.unpack(row.scores, row.images)
+            scores = kept(own, row)
             assert row.score == scores.mean() < 0
-            assert len(scores) == len(split)
-        confirmed = {row.key: own.task.unpack(row.scores, row.images) for row in store.confirmed()}
-        searched = {row.key: own.task.unpack(row.scores, row.images) for row in store.rows()}
-    pooled = {child.key: np.concatenate([searched[child.key], confirmed[child.key]]).mean() for child in found.finalists}
-    assert pooled[found.best.key] == max(pooled.values())
-    assert found.best.search_score == searched[found.best.key].mean()
+            assert len(scores) == row.images <= len(split)
+        confirmed = {row.key: kept(own, row) for row in store.confirmed()}
+    chosen = found.best
+    assert chosen.key in {child.key for child in found.finalists}
+    assert chosen.confirm_score == confirmed[chosen.key].mean()
+    for child in found.finalists:  # none is better for certain
+        assert child.key == chosen.key or own.task.compare(confirmed[child.key], confirmed[chosen.key]).low < 0
     assert Found.load(own) == found
 
 
 def test_children_are_compared_by_the_test_of_the_task(own: Run, fake_target: Any, probes: None) -> None:
     found = search(own, Asked(("macs<=700K",), settings=SETTINGS, targets={None: fake_target()}))
     with Store.existing(own.path / "search" / "search.sqlite") as store:
-        rows = {row.key: own.task.unpack(row.scores, row.images) for row in store.confirmed()}
+        rows = {row.key: kept(own, row) for row in store.confirmed()}
     p_value = float(stats.ttest_rel(rows[found.best.key], rows[found.largest.key]).pvalue)
     assert any(f"p = {p_value:.3g}" in note and "largest child" in note for note in found.notes)
+
+
+def kept(run: Run, row: Row | Confirmed) -> np.ndarray:
+    """The value of every image that the search kept of a child."""
+    return unpack(row.samples, row.images, run.task.columns)[run.task.metric]
 
 
 def test_the_strategy_prefers_less_error(own: Run, fake_target: Any, probes: None) -> None:

@@ -24,8 +24,9 @@ from supernet.data.dataset import SplitImages
 from supernet.errors import InputError
 from supernet.evaluate import Evaluator
 from supernet.model import Supernet
+from supernet.samples import Samples
 from supernet.space import Space
-from supernet.task import Classification, Regression, Samples
+from supernet.task import Classification, Regression
 
 DEFINITIONS: dict[str, dict[str, Any]] = {
     "mbconv": {

@@ -18,6 +18,7 @@ from search.budget import parse_all
 from search.store import Confirmed, Measurement, Row, Store
 from search.table import best_by_zone, children, chosen, export, for_terminal
 from supernet.errors import InputError
+from supernet.samples import pack
 from supernet.task import Classification
 
 TASK = Classification()
@@ -31,7 +32,7 @@ def samples_of(images: int, seed: int) -> dict[str, Any]:
 def row(key: str, score: float, macs: float, rung: int = 2, stage: str = "fine", **arch: object) -> Row:
     return Row(
         key, json.dumps({"depth": 2, "kind": "conv", **arch}, sort_keys=True), stage, rung,
-        TASK.pack_samples(samples_of(8 * 2**rung, int(key, 16))), 8 * 2**rung, score, {"macs": macs, "params": macs / 4}, 10 * macs,
+        pack(samples_of(8 * 2**rung, int(key, 16)), TASK.columns), 8 * 2**rung, score, {"macs": macs, "params": macs / 4}, 10 * macs,
         0.5, f"2026-01-0{rung + 1}",
     )  # fmt: skip
 
@@ -100,7 +101,7 @@ def test_an_empty_store_is_an_empty_table(tmp_path: Path) -> None:
 
 def test_samples_come_only_when_asked_for_and_image_by_image(store: Store) -> None:
     assert not any(name.startswith("samples.") for name in children(store)[0])
-    for child, row in zip(children(store, TASK.unpack_samples), ROWS, strict=True):
+    for child, row in zip(children(store, TASK.columns), ROWS, strict=True):
         for name, values in samples_of(row.images, int(row.key, 16)).items():
             assert child[f"samples.{name}"].shape == (row.images,)
             assert (child[f"samples.{name}"] == values).all()
@@ -111,7 +112,7 @@ def test_damaged_samples_are_told(store: Store, change: str) -> None:
     store._connection.execute(f"UPDATE children SET {change} WHERE key = 'd3'")
     assert len(children(store)) == 6
     with pytest.raises(InputError, match="the samples of d3 are damaged"):
-        children(store, TASK.unpack_samples)
+        children(store, TASK.columns)
 
 
 @pytest.mark.parametrize("arch", ["", "{", "[1]", "null"])
@@ -238,7 +239,7 @@ def test_no_cell_of_csv_is_a_formula(tmp_path: Path, text: str) -> None:
 
 def test_json_comes_back_equal(store: Store, table: list[dict[str, Any]], tmp_path: Path) -> None:
     assert json.loads(export(table, tmp_path / "a.json").read_text()) == table
-    whole = children(store, TASK.unpack_samples)
+    whole = children(store, TASK.columns)
     back = json.loads(export(whole, tmp_path / "b.json").read_text())
     assert back == [
         {name: v.tolist() if isinstance(v, np.ndarray) else v for name, v in child.items()} for child in whole
@@ -249,7 +250,7 @@ def test_parquet_comes_back_equal_with_types(store: Store, table: list[dict[str,
     back = pq.read_table(export(table, tmp_path / "a.parquet"))
     assert back.to_pylist() == table
     assert (back.schema.field("arch.depth").type, back.schema.field("score").type) == (pa.int64(), pa.float64())
-    whole = children(store, TASK.unpack_samples)
+    whole = children(store, TASK.columns)
     back = pq.read_table(export(whole, tmp_path / "b.parquet"))
     assert back.schema.field("samples.rank").type == pa.list_(pa.uint16())
     assert back.schema.field("samples.loss").type == pa.list_(pa.float16())
@@ -278,7 +279,7 @@ def test_mistakes_leave_the_old_file(
 ) -> None:
     for name in ("a.csv", "a.json", "a.parquet", "a.xlsx", "a"):
         (tmp_path / name).write_text("old")
-    whole = children(store, TASK.unpack_samples)
+    whole = children(store, TASK.columns)
     with pytest.raises(InputError, match=r"--out must end with one of \.csv, \.parquet, \.json, but got 'a\.xlsx'"):
         export(table, tmp_path / "a.xlsx")
     with pytest.raises(InputError, match="--out must end with one of"):

@@ -391,7 +391,7 @@ def test_children_train_are_searched_and_ship_like_any_other(
     budget = sum(ends) // 2
     found = search(run, Asked((f"macs<={budget}",), settings=small_search, targets={None: fake_target()}))
     assert found.best.costs["macs"] <= budget
-    assert found.best.confirm_score is not None and found.best.confirm_score > 0.3  # chance is 0.1; few children and 6 epochs
+    assert found.best.estimate is not None and found.best.estimate.low > 0.15  # chance is 0.1; few children and 6 epochs
     bundle = ship(run, found.best.arch, tmp_path / "bundle", split="confirm")
     assert bundle.manifest["parity"]["agreement"] == 1.0
     assert bundle.manifest["macs"] == found.best.costs["macs"]

@@ -35,21 +35,6 @@ def test_an_image_scores_where_its_largest_logit_is_the_labels() -> None:
     assert task.scores(logits, torch.tensor([1, 1, 0])).tolist() == [True, False, True]
 
 
-@given(st.lists(st.booleans(), max_size=70))
-def test_scores_survive_packing_a_bit_each(scores: list[bool]) -> None:
-    packed = task.pack(np.array(scores, bool))
-    assert len(packed) == math.ceil(len(scores) / 8)
-    back = task.unpack(packed, len(scores))
-    assert back.tolist() == scores
-    assert back.dtype == bool
-
-
-@pytest.mark.parametrize(("size", "images"), [(1, 9), (2, 8), (0, 1), (1, 0)])
-def test_bytes_of_another_number_of_images_are_refused(size: int, images: int) -> None:
-    with pytest.raises(ValueError, match=f"scores of {images} images take"):
-        task.unpack(b"\xff" * size, images)
-
-
 # --- intervals ---
 
 
@@ -246,13 +231,6 @@ class TaskSuite:
         assert len(self.targets) == len(self.images)
         assert scores.shape == (len(self.images),)
         assert torch.isfinite(scores.double()).all()
-
-    def test_packed_scores_are_the_same_again_and_of_another_number_are_refused(self) -> None:
-        scores = self.scores(0)
-        back = self.task.unpack(self.task.pack(scores), len(scores))
-        assert back.dtype == scores.dtype and np.array_equal(back, scores)
-        with pytest.raises(ValueError, match="take"):
-            self.task.unpack(self.task.pack(scores) + b"\0\0\0\0", len(scores))
 
     def test_the_estimate_is_the_mean_of_the_scores_within_its_interval_and_their_range(self) -> None:
         scores = self.scores(0)

@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as npst
 from torch.nn import functional as F
 
 from supernet.errors import InputError
+from supernet.samples import pack, unpack
 from supernet.task import TASKS, Classification, Regression, Task
 
 classification, regression = Classification(), Regression((0.5,))
@@ -126,7 +127,7 @@ def made(task: Task, images: int) -> dict[str, Any]:
 @given(images=st.integers(0, 300))
 def test_samples_come_back(task: Task, images: int) -> None:
     samples = made(task, images)
-    back = task.unpack_samples(task.pack_samples(samples), images)
+    back = unpack(pack(samples, task.columns), images, task.columns)
     assert list(back) == list(task.columns)
     for name, column in samples.items():
         assert back[name].tolist() == column.tolist()
@@ -147,7 +148,7 @@ def test_columns_are_what_samples_gives(task: Task) -> None:
 def test_samples_of_two_parts_are_those_of_the_whole(task: Task) -> None:
     samples = made(task, 50)
     parts = [{name: column[where] for name, column in samples.items()} for where in (slice(0, 20), slice(20, 50))]
-    back = [task.unpack_samples(task.pack_samples(part), count) for part, count in zip(parts, (20, 30), strict=True)]
+    back = [unpack(pack(part, task.columns), count, task.columns) for part, count in zip(parts, (20, 30), strict=True)]
     for name, column in samples.items():
         assert np.concatenate([part[name] for part in back]).tolist() == column.tolist()
 
@@ -156,17 +157,17 @@ def test_samples_of_two_parts_are_those_of_the_whole(task: Task) -> None:
 @pytest.mark.parametrize("images", [0, 6, 8, 70, -1])
 def test_another_number_of_images(task: Task, images: int) -> None:
     with pytest.raises(ValueError, match=f"samples of {images} images"):
-        task.unpack_samples(task.pack_samples(made(task, 7)), images)
+        unpack(pack(made(task, 7), task.columns), images, task.columns)
 
 
 @each
 def test_damage_is_seen(task: Task) -> None:
-    packed = task.pack_samples(made(task, 40))
+    packed = pack(made(task, 40), task.columns)
     bad = [b"", packed[:-1], packed + b"x", packed[:20], b"x" * 50]
     bad += [bytes([*packed[:where], packed[where] ^ 1, *packed[where + 1 :]]) for where in range(0, len(packed), 3)]
     for data in bad:
         with pytest.raises(ValueError, match="samples of 40 images"):
-            task.unpack_samples(data, 40)
+            unpack(data, 40, task.columns)
 
 
 @each
@@ -177,7 +178,7 @@ def test_a_bomb_does_not_go_off(task: Task) -> None:
     bomb = zlib.compress(bytes(50_000_000), 9)
     tracemalloc.start()
     with pytest.raises(ValueError, match="samples of 3 images"):
-        task.unpack_samples(bomb, 3)
+        unpack(bomb, 3, task.columns)
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 5_000_000
@@ -188,7 +189,7 @@ def test_a_good_child_takes_few_bytes() -> None:
     labels = torch.randint(10, (5000,), generator=generator)
     logits = torch.randn(5000, 10, generator=generator) + 5 * F.one_hot(labels, 10)
     samples = {name: column.numpy() for name, column in classification.samples(logits, labels).items()}
-    assert len(classification.pack_samples(samples)) < 3 * 5000
+    assert len(pack(samples, classification.columns)) < 3 * 5000
 
 
 def test_every_task_has_columns() -> None:

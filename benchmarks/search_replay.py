@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,15 @@ class Table:
             archs = space.decode(saved["codes"].astype(np.int64))
             return cls(space, archs[:children], right[:children], saved["macs"][:children], calibration)
 
+    @property
+    def images(self) -> int:
+        """How many each child was scored on."""
+        return self.right.shape[1]
+
+    def right_of(self, arch: Arch) -> NDArray[np.bool_]:
+        """Which images a child classifies rightly, shape (images,)."""
+        return self.right[self.place[arch]]
+
     @cached_property
     def place(self) -> dict[Arch, int]:
         """Arch -> its row."""
@@ -64,12 +73,12 @@ class Table:
         """Of each child on all images: the truth that a search can at best find."""
         return self.right.mean(axis=1)
 
-    def hypervolume(self, rows: Any, worst: float) -> float:
+    def hypervolume(self, archs: Sequence[Arch], worst: float) -> float:
         """Area between the front of some children (top1 over log macs) and the corner of the dearest child at `worst`.
 
         As a fraction of that of all children.
         """
-        return self._area(rows, worst) / self._area(range(len(self.archs)), worst)
+        return self._area([self.place[arch] for arch in archs], worst) / self._area(range(len(self.archs)), worst)
 
     def _area(self, rows: Any, worst: float) -> float:
         if not len(rows):
@@ -79,10 +88,23 @@ class Table:
         return float(((score[chosen] - worst) * np.diff(np.append(cost[chosen], cost.max()))).sum())
 
 
+class Answers(Protocol):
+    """What every child does on every image, known without a network."""
+
+    @property
+    def space(self) -> Space:
+        """Of the children."""
+        ...
+
+    def right_of(self, arch: Arch) -> NDArray[np.bool_]:
+        """Which images a child classifies rightly, shape (images,)."""
+        ...
+
+
 class Replay:
     """Evaluation of children by look-up (`search.evaluate.Advancing`). With `shared` False, every child pays for itself alone."""
 
-    def __init__(self, table: Table, rungs: Sequence[Rung], *, shared: bool = True) -> None:
+    def __init__(self, table: Answers, rungs: Sequence[Rung], *, shared: bool = True) -> None:
         self.table, self.rungs, self.shared, self.spent = table, rungs, shared, Spent()
 
     def advance(self, archs: Sequence[Arch], rung: int) -> dict[Arch, Samples]:
@@ -95,7 +117,7 @@ class Replay:
             before.macs + macs * (images + calibration), before.image_forwards + images * len(archs),
             before.calibration_forwards + calibration * len(archs),
         )  # fmt: skip
-        return {arch: self._samples(self.table.right[self.table.place[arch], below.images : here.images]) for arch in archs}
+        return {arch: self._samples(self.table.right_of(arch)[below.images : here.images]) for arch in archs}
 
     def _samples(self, right: NDArray[np.bool_]) -> Samples:
         wrong = (~right).astype(np.uint16)
@@ -109,12 +131,12 @@ class Step:
     macs: int
     image_forwards: int
     evaluated: int
-    whole: tuple[int, ...]
-    """Rows of the children scored on all images."""
+    whole: tuple[Arch, ...]
+    """The children scored on all images."""
 
 
 def replay(
-    table: Table, rungs: Sequence[Rung], phases: Callable[[Feasible], Sequence[Phase]], *, budgets: Sequence[Budget] = (),
+    table: Answers, rungs: Sequence[Rung], phases: Callable[[Feasible], Sequence[Phase]], *, budgets: Sequence[Budget] = (),
     zones: Callable[[Feasible], Sequence[tuple[Budget, ...]]] = lambda _: [()], batch: int = 16, shared: bool = True,
     until: Callable[[Step], bool] = lambda _: False,
 ) -> list[Step]:  # fmt: skip
@@ -132,7 +154,7 @@ def replay(
         engine = Engine("replay", known, feasible, zones(feasible), phases(feasible), batch, lambda _: note())
 
         def note() -> None:
-            whole = tuple(table.place[arch] for arch, rung in engine.view.items() if rung == known.last)
+            whole = tuple(arch for arch, rung in engine.view.items() if rung == known.last)
             spent = advancing.spent
             steps.append(Step(spent.macs, spent.image_forwards, len(engine.view), whole))
             if until(steps[-1]):

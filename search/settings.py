@@ -20,11 +20,11 @@ class SearchConfig(Config):
 
     format: Literal[1] = 1
     name: str = "custom"
-    strategy: str = "coarse_to_fine"
+    strategy: str = "predicted"
     """What proposes children, by its name in `search.strategies.registry`."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Settings of the strategy itself."""
-    evaluations: Positive = 64
+    evaluations: Positive = 128
     """Children that the strategy may ask for."""
     random: Count = 8
     """Random children within the budgets, evaluated first: the baseline of the report."""
@@ -41,7 +41,7 @@ class SearchConfig(Config):
     calibration_images: Annotated[StrictInt, Field(ge=1)] | None = None
     """Training images for the statistics of a child on the last rung; the recipe's number if left out."""
     objective: str | None = None
-    """top1, top5, balanced_accuracy, macro_f1 or psnr_db; the task's own metric if left out."""
+    """top1, top5, balanced_accuracy or macro_f1; the task's own metric if left out."""
     zones: Annotated[StrictInt, Field(ge=0, le=100)] = 4
     """Parts of the range of costs in which the best children are looked for, beside the budgets: so there is a whole front."""
     finalists: Positive = 5

@@ -21,8 +21,6 @@ from supernet.space import Space
 
 FORMAT = 1
 SMALL = 20_000
-"""Combinations of choices up to which a space is listed once its random draws bring nothing new."""
-SMALL = 20_000
 """Combinations of choices that are all listed where random draws bring nothing new."""
 _DRAWS = 4  # calls to `Feasible.sample` for one ask
 _RELATIVES = 64  # known archs whose neighbours are looked at when those draws bring nothing new

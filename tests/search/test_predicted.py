@@ -14,7 +14,7 @@ from search.budget import Budget
 from search.feasible import Feasible
 from search.predictor import Gate
 from search.strategies import Proposal, Result, Strategy
-from search.strategies.predicted import ZONES, Predicted
+from search.strategies.predicted import FREELY, Predicted
 from search.strategies.random import Random
 from supernet.costs import Costs
 from supernet.errors import InputError
@@ -58,7 +58,7 @@ def test_first_a_spread_then_what_the_predictor_likes_and_a_few_others() -> None
         assert asked.count("predicted") == 14 and asked.count("spread") == 2
     assert len({each.arch for asked in rounds for each in asked}) == sum(map(len, rounds))
     assert strategy.notes() == [f"The predictor proposed in 4 of 4 rounds; last {strategy.why}"]
-    assert strategy.why.startswith("used: tau within ±5 % macs is ")
+    assert strategy.why.startswith("used: tau within ±25 % macs is ")
 
 
 def test_what_it_likes_is_better_than_what_random_archs_of_the_same_cost_are() -> None:
@@ -74,17 +74,17 @@ def test_proposals_lie_along_all_costs_and_apart() -> None:
     codes = SPACE.encode([each.arch for each in asked if each.stage == "predicted"])
     logs = np.log(COSTS.macs(codes))
     ends = np.log(COSTS.macs(SPACE.encode([SPACE.smallest, SPACE.largest])))
-    assert len(np.unique(((logs - ends[0]) / (ends[1] - ends[0]) * ZONES).astype(int))) >= ZONES // 2
+    assert len(np.unique(((logs - ends[0]) / (ends[1] - ends[0]) * 12).astype(int))) >= 6
+    assert FREELY == 0.5
     differing = (codes[:, None] != codes[None]).sum(axis=-1) + 99 * np.eye(len(codes))
     assert differing.min() >= 2
 
 
-def test_on_luck_alone_the_gate_is_shut_and_it_mutates_the_best() -> None:
+def test_on_luck_alone_the_gate_is_shut_and_it_goes_on_at_random() -> None:
     strategy = quick()
     rounds = played(strategy, 6, luck)
     later = [each for asked in rounds[3:] for each in asked]
-    assert {each.stage for each in later} <= {"mutants", "spread"}
-    assert sum(each.stage == "mutants" for each in later) >= len(later) // 2
+    assert {each.stage for each in later} == {"spread"}
     assert "not used: tau" in strategy.notes()[0]
     assert strategy.used == 0
 
@@ -123,7 +123,7 @@ def test_failures_and_told_archs_over_the_budget_do_not_reach_it() -> None:
     assert not {each.arch for each in asked} & set(others)
 
 
-@pytest.mark.parametrize("settings", [{"initial": 0}, {"optimism": -1}, {"optimism": float("nan")}, {"models": []}])
+@pytest.mark.parametrize("settings", [{"initial": 0}, {"models": []}])
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         quick(**settings)

@@ -93,21 +93,31 @@ def test_the_interval_covers() -> None:
 
 
 def test_the_gate_stays_shut_on_noise() -> None:
-    """Even a gate that asks for no minimum, after the best of three models was taken."""
+    """A gate that asks for no minimum opens as often as its level says."""
     codes, opened = drawn(120), 0
     for seed in range(100):
         scores = np.random.default_rng([seed, 2]).normal(size=len(codes))
-        opened += Predictor(SPACE, FEASIBLE, seed=seed, models=["ridge"], gate=Gate(minimum=-1)).fit(codes, scores).used
-    assert opened <= 5
+        opened += (
+            Predictor(SPACE, FEASIBLE, seed=seed, models=["ridge"], gate=Gate(minimum=-1, alpha=0.1)).fit(codes, scores).used
+        )
+    assert opened <= 8
+
+
+def test_the_usual_gate_seldom_opens_on_noise() -> None:
+    codes, opened = drawn(120), 0
+    for seed in range(100):
+        scores = np.random.default_rng([seed, 4]).normal(size=len(codes))
+        opened += Predictor(SPACE, FEASIBLE, seed=seed, models=["ridge"]).fit(codes, scores).used
+    assert opened <= 15
 
 
 @pytest.mark.slow
 def test_the_gate_of_all_models_stays_shut_on_noise() -> None:
     codes, opened = drawn(80), 0
-    for seed in range(100):
+    for seed in range(30):
         scores = np.random.default_rng([seed, 3]).normal(size=len(codes))
-        opened += Predictor(SPACE, FEASIBLE, seed=seed, gate=Gate(minimum=-1)).fit(codes, scores).used
-    assert opened <= 5
+        opened += Predictor(SPACE, FEASIBLE, seed=seed, gate=Gate(minimum=-1, alpha=0.1)).fit(codes, scores).used
+    assert opened <= 3
 
 
 def test_the_gate_stays_shut_where_the_cost_alone_tells_the_order() -> None:
@@ -118,8 +128,7 @@ def test_the_gate_stays_shut_where_the_cost_alone_tells_the_order() -> None:
     verdict = Predictor(SPACE, FEASIBLE, seed=0, models=["ridge", "forest"]).fit(codes, scores)
     assert not verdict.used
     assert verdict.overall > 0.8
-    assert verdict.baseline.value > 0.2
-    assert "not significantly above macs alone" in verdict.why
+    assert "not significantly above" in verdict.why
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -128,7 +137,7 @@ def test_the_gate_opens_on_planted_truth(model: str) -> None:
     verdict = Predictor(SPACE, FEASIBLE, seed=0, models=[model]).fit(codes, planted(codes, noise=0.3))
     assert verdict.used, verdict.why
     assert verdict.model == model
-    assert verdict.tau.low > 0.3 > verdict.baseline.value
+    assert verdict.tau.low > 0.2 > verdict.baseline.value
     assert verdict.gain.low > 0
 
 
@@ -143,10 +152,10 @@ def test_out_of_fold_means_out_of_fold() -> None:
 def test_the_verdict_gives_its_figures_in_words() -> None:
     codes = drawn(150)
     noise = Predictor(SPACE, FEASIBLE, seed=0, models=["ridge"]).fit(codes, np.random.default_rng(0).normal(size=len(codes)))
-    assert noise.why.startswith("not used: tau within ±5 % macs is ")
+    assert noise.why.startswith("not used: tau within ±25 % macs is ")
     assert f"macs alone {noise.baseline.value:.2f}" in noise.why and "which flatters" in noise.why
     good = Predictor(SPACE, FEASIBLE, seed=0, models=["ridge"]).fit(codes, planted(codes))
-    assert good.why.startswith(f"used: tau within ±5 % macs is {good.tau}")
+    assert good.why.startswith(f"used: tau within ±25 % macs is {good.tau}")
     barred = Predictor(SPACE, FEASIBLE, seed=0, models=["ridge"], gate=Gate(minimum=0.999)).fit(
         codes, planted(codes, noise=0.5)
     )
@@ -198,16 +207,41 @@ def test_different_networks_are_encoded_differently() -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_means_are_near_the_truth_and_spreads_are_deviations(model: str) -> None:
+def test_predictions_and_draws_are_near_the_truth(model: str) -> None:
     codes = drawn(400)
     truth = 0.7 + 0.01 * planted(codes)  # in the unit of a top1
     predictor = Predictor(SPACE, FEASIBLE, seed=0, models=[model])
     predictor.fit(codes[:250], truth[:250])
-    mean, spread = predictor.predict(codes[250:])
-    assert mean.shape == spread.shape == (150,)
-    assert (spread >= 0).all() and spread.mean() < 0.05
+    mean, draws = predictor.predict(codes[250:]), predictor.drawn(9, np.random.default_rng(0))(codes[250:])
+    assert mean.shape == (150,) and draws.shape == (150, 9)
     assert np.corrcoef(mean, truth[250:])[0, 1] > 0.85
     assert abs(mean.mean() - truth[250:].mean()) < 0.005
+    assert 0 < np.abs(draws - mean[:, None]).mean() < 0.02
+    assert min(np.corrcoef(draw, truth[250:])[0, 1] for draw in draws.T) > 0.6
+
+
+def test_draws_differ_most_where_least_is_known() -> None:
+    codes = drawn(400)
+    small = np.argsort(FEASIBLE.costs.macs(codes))
+    known, other = codes[small[:60]], codes[small[-60:]]
+    predictor = Predictor(SPACE, FEASIBLE, seed=0, models=["ridge"])
+    predictor.fit(known, planted(known, 0.5))
+    draws = predictor.drawn(200, np.random.default_rng(0))
+    assert draws(other).std(axis=1).mean() > 1.2 * draws(known).std(axis=1).mean()
+
+
+def test_a_score_counts_as_much_as_it_is_sure() -> None:
+    """Of two halves of the archs one is nothing but noise, and known to be."""
+    codes = drawn(300)
+    rng = np.random.default_rng(0)
+    scores, images = planted(codes), np.full(len(codes), 4000)
+    scores[::2], images[::2] = scores[::2] + 8 * rng.normal(size=len(scores[::2])), 20
+    found = []
+    for told in (images, None):
+        predictor = Predictor(SPACE, FEASIBLE, seed=0, models=["ridge"])
+        predictor.fit(codes, scores, told)
+        found.append(np.corrcoef(predictor.predict(codes), planted(codes))[0, 1])
+    assert found[0] > found[1]
 
 
 def test_it_follows_from_the_seed_and_moves_no_global_state() -> None:
@@ -216,7 +250,7 @@ def test_it_follows_from_the_seed_and_moves_no_global_state() -> None:
     for seed in (1, 1, 2):
         predictor = Predictor(SPACE, FEASIBLE, seed=seed, models=["forest", "mlp"])
         predictor.fit(codes, planted(codes))
-        found.append(predictor.predict(codes)[0])
+        found.append(predictor.predict(codes))
     assert np.array_equal(found[0], found[1])
     assert not np.array_equal(found[0], found[2])
     assert np.array_equal(before, np.random.get_state()[1])  # noqa: NPY002
@@ -250,7 +284,7 @@ def test_on_a_trained_supernet_a_hundred_children_open_the_gate() -> None:
     verdict = predictor.fit(codes[known], scores[known])
     assert verdict.used, verdict.why
     assert verdict.overall > verdict.tau.value + 0.1  # which flatters
-    really = Gate().judge(scores[other], predictor.predict(codes[other])[0], macs[other], macs[other])
+    really = Gate().judge(scores[other], predictor.predict(codes[other]), macs[other], macs[other])
     assert really.tau.value > 0.5
     assert really.baseline.value < 0.15
     assert verdict.tau.low - 0.1 < really.tau.value < verdict.tau.high + 0.1

@@ -106,6 +106,7 @@ class Replay:
 
     def __init__(self, table: Answers, rungs: Sequence[Rung], *, shared: bool = True) -> None:
         self.table, self.rungs, self.shared, self.spent = table, rungs, shared, Spent()
+        self.failed: dict[Arch, str] = {}
 
     def advance(self, archs: Sequence[Arch], rung: int) -> dict[Arch, Samples]:
         """What the table says."""

@@ -59,6 +59,7 @@ class Choice:
                 f"chosen child and largest child of the space: {verdict} on the confirm images (p = {p_value:.3g})"
             )
         self._against_random(best)
+        self._remark_failed()
         self._remark_front(answers)
         self._remark_resolutions()
         front = pareto.front([self.scores[arch] for arch in self.archs], [[self.cost[arch]] for arch in self.archs])
@@ -112,7 +113,9 @@ class Choice:
             accepted = [arch for arch in group if meets(budgets, self.known.rows[arch].costs, self.measured[arch.key])]
             if accepted or not group:
                 return self._or_refuse(want, budgets, accepted)
-            self.notes.append(f"{len(group)} finalists missed the budget when measured; the next were tried")
+            self.notes.append(
+                f"{len(group)} finalists missed the budget when measured{'' if last else '; the next were tried'}"
+            )
         return self._or_refuse(want, budgets, [])
 
     def _or_refuse(self, want: Wanted, budgets: Sequence[Budget], accepted: list[Arch]) -> list[Arch]:
@@ -155,6 +158,14 @@ class Choice:
             f"best of the {len(drawn)} random children known within the budgets: {show(float(other.mean()))} on {len(other)} confirm "
             f"images, the chosen child {show(float(one.mean()))} (p = {result.p_value:.3g})"
         )
+
+    def _remark_failed(self) -> None:
+        if failed := self.engine.failed:
+            some = ", ".join(f"{key} ({why})" for key, why in list(failed.items())[:3])
+            more = f", and {len(failed) - 3} more" if len(failed) > 3 else ""
+            self.notes.append(
+                f"could not be evaluated and were left out: {some}{more}; `nestling evaluate RUN --arch KEY` shows the error"
+            )
 
     def _remark_front(self, answers: Sequence[Answer]) -> None:
         parts = [answer.child.key for answer in answers if answer.name.startswith("front ")]

@@ -66,6 +66,8 @@ class Engine:
     view: dict[Arch, int] = field(default_factory=dict)
     """Arch -> the rung that this search has seen it on, in the order in which strategies were told."""
     notes: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    """Key of a child that could not be evaluated -> why, as far as that is known."""
     _generation: int = 0
     _done: int = 0
     _unsaved: list[Result] = field(default_factory=list)
@@ -84,6 +86,7 @@ class Engine:
             self._save({}, self.view)
         else:
             self.view = {by_key[key]: rung for _, key, rung in saved.told if key in by_key and rung != FAILED}
+            self.failed = {key: "in an earlier part of the search" for _, key, rung in saved.told if rung == FAILED}
             self._generation, state = saved.generation, dict(saved.state)
             self.notes += state.get("notes", [])
         if self._generation == 0:
@@ -186,6 +189,8 @@ class Engine:
             archs, self._zones(self.known.space.encode(archs)), leaders, advance, protected, self._references(archs)
         )
         self.view |= {arch: one.rung for arch, one in raced.items()}
+        reasons = self.known.advancing.failed if self.known.advancing else {}
+        self.failed |= {arch.key: reasons.get(arch, "it was left out") for arch in archs if arch not in raced}
         images = [rung.images for rung in self.known.rungs]
         return [
             Result(arch, self.score(arch), images[raced[arch].rung], raced[arch].decided)

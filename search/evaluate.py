@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
@@ -58,9 +58,19 @@ class Advancing(Protocol):
         """Since it was made."""
         ...
 
+    @property
+    def failed(self) -> Mapping[Arch, str]:
+        """The archs that could not be evaluated, and why, since it was made."""
+        ...
+
     def advance(self, archs: Sequence[Arch], rung: int) -> dict[Arch, Samples]:
         """What each arch does on the images that `rung` adds; an arch that failed is left out."""
         ...
+
+
+def in_short(error: Exception) -> str:
+    """An error as the reason of a failed arch, at most 300 characters."""
+    return f"{type(error).__name__}: {error}"[:300]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +114,8 @@ class SharedEvaluator:
         self.evaluator, self.split, self.rungs = evaluator, split, tuple(rungs)
         weight = next(evaluator.supernet.parameters())
         self.limits = limits or Limits.of(weight.device)
-        self.failures: dict[Arch, Exception] = {}
-        """Why archs were left out of the last `advance`."""
+        self.failed: dict[Arch, str] = {}
+        """Children that could not be evaluated, and why."""
         self._spent = Spent()
         self._train, self._scored = (_Images(images, weight.device, self.limits.images) for images in (evaluator.train, split))
         self._labels = torch.from_numpy(split.labels[: counts[-1]]).to(weight.device)
@@ -120,10 +130,10 @@ class SharedEvaluator:
     def advance(self, archs: Sequence[Arch], rung: int) -> dict[Arch, Samples]:
         """What each arch does on the images that `rung` adds, by the statistics of the rung's calibration images.
 
-        Calibration goes on from what is kept of a lower rung. An arch that fails is left out, and `failures` says why; the others are
+        Calibration goes on from what is kept of a lower rung. An arch that fails is left out, and `failed` says why; the others are
         not touched by it. Raises `InputError` for images that cannot be read.
         """
-        space, self.failures = self.evaluator.supernet.space, {}
+        space = self.evaluator.supernet.space
         batch = max(CALIBRATION_BATCH, self.evaluator.batch_size)
         groups = Trie(space, dict.fromkeys(archs)).groups(
             most_weight_bytes=self.limits.weights, most_held_bytes=self.limits.held // batch
@@ -136,7 +146,7 @@ class SharedEvaluator:
 
     def _together(self, trie: Trie, rung: int) -> dict[Arch, Samples]:
         """`advance` of archs of one resolution."""
-        walk = _Walk(trie, self.failures)
+        walk = _Walk(trie, self.failed)
         for node in trie.nodes():  # parents first
             if node.parent is None or node.parent in walk.blocks:
                 with walk.failing(node):
@@ -249,8 +259,8 @@ class _Block:
 class _Walk:
     """A trie whose roots are of one resolution, with the blocks of its nodes, parents first; those of failed nodes are missing."""
 
-    def __init__(self, trie: Trie, failures: dict[Arch, Exception]) -> None:
-        self.roots, self.failures = list(trie.roots.values()), failures
+    def __init__(self, trie: Trie, failed: dict[Arch, str]) -> None:
+        self.roots, self.failed = list(trie.roots.values()), failed
         self.resolution = self.roots[0].spec.in_size
         self.blocks: dict[Node, _Block] = {}
         self.macs = 0
@@ -265,7 +275,7 @@ class _Walk:
         except Exception as error:
             for behind in node.below():
                 self.blocks.pop(behind, None)
-                self.failures.update((arch, error.with_traceback(None)) for arch in behind.archs)  # frames hold activations
+                self.failed.update((arch, in_short(error)) for arch in behind.archs)
 
     def through(
         self,

@@ -26,7 +26,7 @@ from search.feasible import Feasible
 from search.finalists import Bench
 from search.found import Found
 from search.known import Known
-from search.objective import Objective, objective_named
+from search.objective import Objective, fingerprint, objective_named
 from search.reach import refuse_impossible
 from search.rungs import Rung, rungs
 from search.settings import SearchConfig
@@ -196,7 +196,8 @@ class _Search:
         ]  # fmt: skip
         told = json.dumps({
             "zones": [[str(budget) for budget in zone] for zone in zones], "budgets": list(map(str, self.budgets)),
-            "objective": self.objective.name, "settings": settings.model_dump(mode="json", exclude={"name", "finalists"}),
+            "objective": [self.objective.name, fingerprint(self.objective)],
+            "settings": settings.model_dump(mode="json", exclude={"name", "finalists"}),
             "targets": {str(name): self.asked.targets[name].fingerprint()["hash"] for name in self.timed},
         }, sort_keys=True)  # fmt: skip
         return Engine(hashlib.sha256(told.encode()).hexdigest()[:16], known, feasible, zones, phases, settings.batch,

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from search.evaluate import Spent
+from search.evaluate import Spent, in_short
 from search.trie import Trie, macs_alone, ordered
 from supernet.arch import Arch
 from supernet.distributed import TIMEOUT_S, ProcessLost, World
@@ -101,19 +101,15 @@ def _tried(evaluator: Advancing, archs: Sequence[Arch], rung: int) -> tuple[dict
     """What was found, and why not all was."""
     try:
         found = dict(evaluator.advance(archs, rung))
-        return found, {arch: _in_short(error) for arch, error in getattr(evaluator, "failures", {}).items()}
+        return found, dict(evaluator.failed)
     except (InputError, OSError):
         raise
     except Exception as error:
         if len(archs) == 1:
-            return {}, {archs[0]: _in_short(error)}
+            return {}, {archs[0]: in_short(error)}
     one_by_one = [_tried(evaluator, [arch], rung) for arch in archs]
     found = {arch: samples for each, _ in one_by_one for arch, samples in each.items()}
     return found, {arch: reason for _, each in one_by_one for arch, reason in each.items()}
-
-
-def _in_short(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:300]
 
 
 def pieces(space: Space, archs: Sequence[Arch], count: int) -> list[range]:

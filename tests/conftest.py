@@ -179,6 +179,7 @@ def small_search() -> SearchConfig:
 
     return SearchConfig(
         name="small",
+        strategy="coarse_to_fine",
         options={"coarse": 3},
         evaluations=5,
         random=1,

@@ -36,7 +36,8 @@ VERBS = (
     "run",
     "demo",
 )
-TINY = """options: {coarse: 3}
+TINY = """strategy: coarse_to_fine
+options: {coarse: 3}
 evaluations: 5
 random: 1
 polish: 1

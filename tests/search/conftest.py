@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,8 @@ class Judge:
 
 class Judging:
     """A `search.evaluate.Advancing` of a judge."""
+
+    failed: Mapping[Arch, str] = MappingProxyType({})
 
     def __init__(self, judge: Judge, evaluator: Any, split: SplitImages, rungs: Sequence[Rung]) -> None:
         self.judge, self.space, self.split, self.rungs, self.spent = judge, evaluator.supernet.space, split, rungs, Spent()

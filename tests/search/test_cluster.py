@@ -68,6 +68,10 @@ def disturbed(folder: Path, kind: str, key: str = "") -> Any:
             def spent(self) -> Spent:
                 return evaluator.spent
 
+            @property
+            def failed(self) -> Mapping[Arch, str]:
+                return evaluator.failed
+
             def advance(self, archs: Sequence[Arch], rung: int) -> Mapping[Arch, Samples]:
                 with (folder / "log.jsonl").open("a") as log:
                     log.write(json.dumps([os.getpid(), [arch.key for arch in archs]]) + "\n")

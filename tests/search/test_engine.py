@@ -32,6 +32,7 @@ class Table:
 
     def __init__(self, *, fails: set[str] = frozenset(), dies_at: int | None = None) -> None:  # type: ignore[assignment]
         self.fails, self.dies_at, self.calls, self.spent = fails, dies_at, list[tuple[str, int]](), Spent()
+        self.failed: dict[Arch, str] = {}
 
     def advance(self, archs: Any, rung: int) -> dict[Arch, Any]:
         if self.dies_at is not None and len(self.calls) >= self.dies_at:
@@ -41,6 +42,7 @@ class Table:
         for arch in archs:
             self.calls.append((arch.key, rung))
             if arch.key in self.fails:
+                self.failed[arch] = "it was to fail"
                 continue
             wrong = (~right(arch)[first : RUNGS[rung].images]).astype(np.uint16)
             found[arch] = {"rank": wrong, "predicted": wrong, "loss": wrong.astype(np.float16)}
@@ -128,6 +130,17 @@ def test_children_that_fail_are_passed_over_and_lose_no_other(tmp_path: Path) ->
     failing, leaders = seen(folder(tmp_path, "failing"), Table(fails=bad))
     assert not bad & {key for key, _ in failing}
     assert len(failing) >= len(view) - len(bad) and all(leaders)
+
+
+def test_what_failed_and_why_is_kept_by_a_search_that_goes_on(tmp_path: Path) -> None:
+    view, _ = seen(folder(tmp_path, "whole"), Table())
+    bad = {key for key, _ in view[5:15]} - {SPACE.smallest.key, SPACE.largest.key}
+    (tmp_path / "failing").mkdir()
+    for reason in ("it was to fail", "in an earlier part of the search"):
+        searching, store = engine(tmp_path / "failing", Table(fails=bad))
+        with store:
+            searching.go()
+        assert searching.failed and set(searching.failed) <= bad and set(searching.failed.values()) == {reason}
 
 
 def test_where_an_end_of_the_space_fails_the_search_says_so_at_once(tmp_path: Path) -> None:

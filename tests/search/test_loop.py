@@ -39,7 +39,15 @@ from supernet.space import Space
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = SearchConfig(
-    options={"coarse": 8, "parents": 2}, evaluations=14, random=2, polish=2, batch=3, finalists=2, profile_children=10, zones=2
+    strategy="coarse_to_fine",
+    options={"coarse": 8, "parents": 2},
+    evaluations=14,
+    random=2,
+    polish=2,
+    batch=3,
+    finalists=2,
+    profile_children=10,
+    zones=2,
 )
 
 

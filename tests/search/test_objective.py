@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, top_k_accuracy_score
 
-from search.objective import OBJECTIVES, PerImage, objective_named, on_first
+from search.objective import OBJECTIVES, PerImage, fingerprint, objective_named, on_first
 from search.statistics import compare, confidence_set, shrunk
 from supernet.errors import InputError
 from supernet.samples import Samples
@@ -192,6 +192,14 @@ def test_an_objective_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bools.values({"rank": np.array([0, 1])}, np.zeros(2, np.int64), 3).dtype == bool
     monkeypatch.setitem(OBJECTIVES, "sure", sure)
     assert objective_named("sure", Classification) is sure
+
+
+def test_a_changed_function_is_another_objective() -> None:
+    one, same, other = (PerImage("sure", "sure", "", function) for function in (
+        lambda samples, labels: -samples["loss"], lambda samples, labels: -samples["loss"], lambda samples, labels: samples["loss"],
+    ))  # fmt: skip
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+    assert fingerprint(OBJECTIVES["top1"]) == fingerprint(OBJECTIVES["top5"]) == "TopK"  # their names differ
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------------

@@ -51,6 +51,10 @@ class Troubled:
     def spent(self) -> Spent:
         return self.evaluator.spent
 
+    @property
+    def failed(self) -> Mapping[Arch, str]:
+        return self.evaluator.failed
+
     def advance(self, archs: Sequence[Arch], rung: int) -> Mapping[Arch, Samples]:
         if self.bad in archs:
             self.trouble()

@@ -30,7 +30,15 @@ from supernet.train import train
 pytestmark = pytest.mark.slow
 
 SETTINGS = SearchConfig(
-    options={"coarse": 4}, evaluations=7, random=2, polish=0, batch=3, finalists=2, profile_children=8, zones=2
+    strategy="coarse_to_fine",
+    options={"coarse": 4},
+    evaluations=7,
+    random=2,
+    polish=0,
+    batch=3,
+    finalists=2,
+    profile_children=8,
+    zones=2,
 )
 
 

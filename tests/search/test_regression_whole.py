@@ -44,7 +44,15 @@ from tests.conftest import FakeTarget
 pytestmark = pytest.mark.slow
 
 SETTINGS = SearchConfig(
-    options={"coarse": 4}, evaluations=7, random=2, polish=0, batch=3, finalists=2, profile_children=8, zones=2
+    strategy="coarse_to_fine",
+    options={"coarse": 4},
+    evaluations=7,
+    random=2,
+    polish=0,
+    batch=3,
+    finalists=2,
+    profile_children=8,
+    zones=2,
 )
 
 SMALL = {
@@ -77,7 +85,9 @@ def searched(lines: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run,
     path = tmp_path_factory.mktemp("searched") / "lines"
     shutil.copytree(lines.path, path)
     run = Run.open(path)
-    settings = SearchConfig(options={"coarse": 3}, evaluations=5, random=0, polish=0, batch=2, finalists=1, zones=2)
+    settings = SearchConfig(
+        strategy="coarse_to_fine", options={"coarse": 3}, evaluations=5, random=0, polish=0, batch=2, finalists=1, zones=2
+    )
     return run, search(run, Asked(("macs<=120K",), settings=settings, targets={None: FakeTarget()}))
 
 
@@ -328,7 +338,18 @@ def first_image(run: Run) -> Path:
 def test_the_whole_way_on_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The shipped space and recipe: reconstructions far better than the mean image, and a larger budget is not worse."""
     settings = tmp_path / "small.yaml"
-    settings.write_text(json.dumps({"name": "small", "options": {"coarse": 6}, "evaluations": 10, "batch": 5, "finalists": 2}))
+    settings.write_text(
+        json.dumps(
+            {
+                "name": "small",
+                "strategy": "coarse_to_fine",
+                "options": {"coarse": 6},
+                "evaluations": 10,
+                "batch": 5,
+                "finalists": 2,
+            }
+        )
+    )
     out, budgets = tmp_path / "run", ("macs<=3M",)
     way = Whole(
         "digits", out, budgets, "autoencoder", "autoencoder", 6, {"batch_size": 48, "children": 3}, device="cpu",

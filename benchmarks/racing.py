@@ -3,7 +3,7 @@
     python benchmarks/racing.py [--quick]
 
 A search here is a number of batches of children that compete below one budget; the best child scored on all images so far leads,
-and the last 32 so scored are references. A child costs the images it is scored on and the calibration images of its highest rung.
+and the last 32 so scored are references. A child costs the images that it is scored and calibrated on.
 
 * synthetic: children with known true accuracies (standard deviation 1 point), 5,000 images whose difficulty all children share
   (8 % of the images discordant), calibration on 8,192 images.
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from search.racing import Race
-from search.rungs import Rung, rungs
+from search.rungs import Rung, calibration_spent, rungs
 from search.statistics import significantly_worse
 from supernet.run import environment
 
@@ -67,7 +67,7 @@ def raced(bits: NDArray[np.bool_], order: Sequence[int], batch: int, steps: tupl
             )  # fmt: skip
             reached = {child: one.rung for child, one in outcome.items()}
         for rung in reached.values():
-            forwards += steps[rung].images + steps[rung].calibration_images
+            forwards += steps[rung].images + calibration_spent(steps, rung)
             ended[rung] += 1
         decided += [child for child, rung in reached.items() if rung == len(steps) - 1]
         leader = max(decided, key=lambda child: bits[child].mean())

@@ -42,7 +42,7 @@ from supernet.run import environment
 FIELD_CALIBRATION, POPULATION, FIELD_BATCH, MOST = 8_192, 100, 25, 2_000
 STRATEGIES = ("random", "predicted", "coarse_to_fine", "evolution", "local", "optuna:tpe", "optuna:nsgaii", "reinforce", "mcts")
 ZONES, GOAL = 20, 0.99
-CHILDREN = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+CHILDREN = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512)
 """How many our search is asked for, until it is done."""
 
 

@@ -24,7 +24,7 @@ from search.evaluate import Spent
 from search.feasible import Feasible
 from search.known import Known
 from search.objective import objective_named
-from search.rungs import Rung
+from search.rungs import Rung, calibration_spent
 from search.store import Store
 from search.trie import macs_alone, macs_shared
 from supernet.arch import Arch
@@ -111,7 +111,8 @@ class Replay:
     def advance(self, archs: Sequence[Arch], rung: int) -> dict[Arch, Samples]:
         """What the table says."""
         here, below = self.rungs[rung], self.rungs[rung - 1] if rung else Rung(0, 0)
-        images, calibration = here.images - below.images, here.calibration_images - below.calibration_images
+        images = here.images - below.images
+        calibration = calibration_spent(self.rungs, rung) - (calibration_spent(self.rungs, rung - 1) if rung else 0)
         macs = (macs_shared if self.shared else macs_alone)(self.table.space, archs)
         before = self.spent
         self.spent = Spent(

@@ -163,9 +163,7 @@ class Choice:
         if failed := self.engine.failed:
             some = ", ".join(f"{key} ({why})" for key, why in list(failed.items())[:3])
             more = f", and {len(failed) - 3} more" if len(failed) > 3 else ""
-            self.notes.append(
-                f"could not be evaluated and were left out: {some}{more}; `nestling evaluate RUN --arch KEY` shows the error"
-            )
+            self.notes.append(f"could not be evaluated and were left out: {some}{more}")
 
     def _remark_front(self, answers: Sequence[Answer]) -> None:
         parts = [answer.child.key for answer in answers if answer.name.startswith("front ")]

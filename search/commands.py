@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from search.found import Child, Found
     from search.loop import Asked
     from search.settings import SearchConfig
+    from supernet.arch import Arch
     from supernet.console import Display
     from supernet.run import Run
 
@@ -40,7 +43,7 @@ SearchName = Annotated[str, typer.Option("--search", help="A search configuratio
 SearchSet = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", help="KEY=VALUE of the search configuration, such as evaluations=200 or options.parents=8. Repeatable."
+        "--set", help="KEY=VALUE of the search configuration, such as evaluations=200 or options.initial=64. Repeatable."
     ),
 ]
 Targets = Annotated[
@@ -77,7 +80,10 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     run: RunPath,
-    arch: Annotated[str, typer.Option("--arch", help="smallest, largest, or a JSON file.")],
+    arch: Annotated[
+        str,
+        typer.Option("--arch", help="best (of the latest search), smallest, largest, a key of `search show`, or a JSON file."),
+    ],
     split: Annotated[
         str, typer.Option("--split", help="search_val, confirm, or test (each read of test is counted).")
     ] = "search_val",
@@ -89,10 +95,9 @@ def evaluate(
     from supernet.console import print_json
     from supernet.costs import arch_costs
     from supernet.run import Run
-    from supernet.space import read_arch
 
     found = Run.open(run)
-    chosen = read_arch(found.space, arch)
+    chosen = _arch(found, arch)
     images = found.test_images(f"evaluate {chosen.key}") if split == "test" else found.dataset.split(split)
     estimate = found.task.estimate(found.evaluator(devices.choose(device)).evaluate(chosen, images))
     metric = found.task.metric
@@ -105,6 +110,26 @@ def evaluate(
         print(f"{chosen.key}: {metric} {text(estimate.value)} ({text(estimate.low)} to {text(estimate.high)}) on "
               f"{estimate.images} {split} images, "
               f"{result['macs']:,} macs; the test split was read {found.test_reads} times")  # fmt: skip
+
+
+def _arch(run: Run, text: str) -> Arch:
+    """The arch that a user means: by name, by file, or by the key of a child that a search evaluated."""
+    from search.found import Found
+    from search.store import Store
+    from supernet.errors import InputError
+    from supernet.space import read_arch
+
+    if text == "best":
+        return Found.load(run).best.arch
+    if re.fullmatch("[0-9a-f]{12}", text) and not Path(text).exists():
+        with Store.existing(run.path / "search" / "search.sqlite") as store:
+            row = next((row for row in store.rows(samples=False) if row.key == text), None)
+        if row is None:
+            raise InputError(
+                f"no search of {run.path} evaluated a child {text}: see the keys with `nestling search show {run.path}`"
+            )
+        return run.space.arch(json.loads(row.arch), f"child {text}")
+    return read_arch(run.space, text)
 
 
 def search(

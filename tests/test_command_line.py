@@ -174,6 +174,16 @@ def test_evaluate_counts_reads_of_the_test_split(command: Command, run_copy: Run
         assert {"key", "macs", "params", "peak_memory_bytes", "images"} <= set(value)
 
 
+def test_evaluate_takes_the_best_of_the_search_and_the_keys_that_show_tells(command: Command, searched_copy: Run) -> None:
+    code, out, _ = command("evaluate", searched_copy.path, "--arch", "best", "--json")
+    best = json.loads(out)
+    assert code == 0
+    code, out, _ = command("evaluate", searched_copy.path, "--arch", best["key"], "--json")
+    assert code == 0 and json.loads(out) == best
+    code, out, err = command("evaluate", searched_copy.path, "--arch", "0123456789ab")
+    assert code == 2 and "search show" in err
+
+
 def test_search_as_json_and_for_people(command: Command, searched_copy: Run, fake_clock: None, tiny_search: Path) -> None:
     code, out, _ = command("search", searched_copy.path, "--budget", "macs<=500K", "--search", tiny_search, "--json")
     assert code == 0

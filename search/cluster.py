@@ -132,7 +132,7 @@ def opened(order: Order) -> Run:
 
 def packed(run: Run) -> dict[str, bytes]:
     """Config, splits and chosen weights of a run, as the bytes of their files."""
-    chosen = run._chosen()
+    chosen = run.chosen_checkpoint()
     weights = next(path for path in (chosen / "ema.safetensors", chosen / "weights.safetensors") if path.exists())
     data = weights.read_bytes()
     if hashlib.sha256(data).hexdigest() != run.weights_hash:

@@ -194,7 +194,7 @@ class Run:
     @cached_property
     def weights_hash(self) -> str:
         """SHA-256 of the weights that children are taken from: what an evaluation belongs to."""
-        hashes = json.loads((self._chosen() / "manifest.json").read_text())["sha256"]
+        hashes = json.loads((self.chosen_checkpoint() / "manifest.json").read_text())["sha256"]
         return str(hashes.get("ema.safetensors", hashes["weights.safetensors"]))
 
     def supernet(self, device: str = "cpu") -> Supernet:
@@ -204,7 +204,7 @@ class Run:
         the recipe keeps one (`ema`).
         """
         supernet = Supernet(self.space)
-        saved = checkpoint.load(self._chosen())
+        saved = checkpoint.load(self.chosen_checkpoint())
         load_weights(supernet, saved, "ema" if "ema" in saved.tensors else "weights")
         supernet.requires_grad_(False)
         return supernet.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
@@ -220,8 +220,8 @@ class Run:
         shown = counts.astype(float) ** {"none": 1.0, "sqrt": 0.5, "class": 0.0}[self.recipe.balance]
         return self.task.chance_loss(shown / shown.sum())
 
-    def _chosen(self) -> Path:
-        """The checkpoint that children are taken from."""
+    def chosen_checkpoint(self) -> Path:
+        """The checkpoint that children are taken from. Raises `InputError` where there is none."""
         path = checkpoint.latest(self.checkpoints)
         if path is None:
             raise InputError(f"{self.path} has no whole checkpoint yet: train it first (nestling train ... --resume)")

@@ -196,6 +196,7 @@ def test_search_as_json_and_for_people(command: Command, searched_copy: Run, fak
     assert f"Next: nestling export {searched_copy.path}" in out
 
 
+@pytest.mark.slow
 def test_export_verify_and_predict_as_json(command: Command, searched_copy: Run, tmp_path: Path) -> None:
     code, out, _ = command("export", searched_copy.path, "--out", tmp_path / "model", "--json")
     assert code == 0
@@ -350,6 +351,7 @@ def assert_a_mistake(result: tuple[int, str, str]) -> str:
     return lines[-1]
 
 
+@pytest.mark.slow
 def test_every_mistake_ends_with_2_and_one_line(command: Command, place: Path) -> None:
     before = sorted(path.name for path in place.iterdir())
     for what, arguments in MISTAKES.items():
@@ -416,6 +418,7 @@ CONTENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", CONTENTS)
 @pytest.mark.parametrize("what", DAMAGE)
 def test_a_damaged_file_ends_with_2_and_names_the_file(

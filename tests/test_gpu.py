@@ -396,6 +396,7 @@ def test_a_check_that_fails_or_lacks_something_or_takes_too_long_stops_no_other(
     assert [row.split()[0] for row in rows if row.split() and row.split()[0] in checks] == list(checks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said", ['row\n{"checks": {"later": {"state": "ok", "took_s": 1.0}}}', "", "no JSON"])
 def test_where_an_error_takes_the_device_along_the_others_run_in_a_fresh_process(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], said: str

@@ -176,6 +176,7 @@ def victim(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return Path(shutil.copytree(tiny_bundle.path, tmp_path_factory.mktemp("fuzz") / "bundle"))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.sampled_from(READ), st.just(...) | JSON), min_size=1, max_size=3))
 def test_a_manifest_of_wrong_types_opens_right_or_is_an_input_error(

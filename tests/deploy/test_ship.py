@@ -236,6 +236,7 @@ def test_a_bundle_of_hostile_class_names_is_whole(
     assert {entry["class"] for entry in json.loads(capsys.readouterr().out)["classes"]} == set(hostile)
 
 
+@pytest.mark.slow
 def test_a_child_without_a_measured_latency_is_shipped_without_one(
     quick: None, searched_copy: Run, best: Arch, tmp_path: Path
 ) -> None:

@@ -101,6 +101,7 @@ def test_a_call_that_always_takes_as_long_is_known_after_the_fewest_rounds(clock
     assert slow.stable and quick.stable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [0.02, 0.1])
 def test_stopping_when_the_interval_is_narrow_keeps_it_nearly_as_honest(clock: FakeTime, sigma: float) -> None:
     """Looking after every round costs a little of the 95 %: at most 2 points here."""

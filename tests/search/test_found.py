@@ -51,6 +51,7 @@ def test_an_outcome_comes_back_as_it_was(searched_copy: Run, tiny_found: Found) 
     assert Found.load(searched_copy).as_dict() == tiny_found.as_dict()
 
 
+@pytest.mark.slow
 def test_a_file_of_which_any_part_is_amiss_is_read_right_or_is_an_input_error(
     searched_copy: Run, tiny_found: Found, tiny_bundle: Any
 ) -> None:

@@ -57,6 +57,7 @@ def planted(space: Space, codes: NDArray[np.int64]) -> Values:
     return np.sum([size * effect(space, codes, name) for name, size in PLANTED.items()], axis=0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ridge")
 def test_planted_effects_are_ranked_rightly_with_their_shares_of_the_variance(space: Space) -> None:
     codes, costs, rng = drawn(space, 400)

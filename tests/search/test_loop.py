@@ -80,6 +80,7 @@ def costs_of(found: Found, metric: str) -> float:
 # --- budgets ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "budgets",
     [
@@ -264,6 +265,7 @@ def test_the_same_search_again_evaluates_and_measures_nothing(run_copy: Run, fak
     assert target.measured == [1]  # the smallest child, to know what is possible now
 
 
+@pytest.mark.slow
 def test_a_latency_of_another_target_is_measured_anew(run_copy: Run, fake_target: Any, judge: Any) -> None:
     search(run_copy, ["latency_ms<=0.02"], settings=SETTINGS, target=fake_target())
     asked, other = list(judge.asked), fake_target(label="other", milliseconds=lambda model: 7.0)
@@ -275,6 +277,7 @@ def test_a_latency_of_another_target_is_measured_anew(run_copy: Run, fake_target
     } == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 1, 7, 14, 17])
 def test_a_search_that_died_goes_on_where_it_was(
     tiny_run: Run, tmp_path: Path, fake_target: Any, judge: Any, after: int
@@ -379,6 +382,7 @@ def few_archs(easy_npz: Path, small_space: Callable[..., Space], tmp_path: Path)
     return make
 
 
+@pytest.mark.slow
 def test_a_space_of_one_arch_goes_the_whole_way_without_stand_ins(few_archs: Callable[..., Run], fake_target: Any) -> None:
     found = search(few_archs(), ["latency_ms<=9"], settings=SETTINGS, target=fake_target())
     assert found.best.key == found.smallest.key == found.largest.key

@@ -79,6 +79,7 @@ def test_a_budget_that_hardly_anything_meets_takes_bounded_tries_and_is_filled_u
     assert asked and feasible.mask(SPACE.encode([each.arch for each in asked])).all()
 
 
+@pytest.mark.slow
 @every
 def test_resumed_it_goes_on_as_if_never_stopped(sampler: str) -> None:
     whole, resumed = begun(sampler), begun(sampler)
@@ -92,6 +93,7 @@ def test_resumed_it_goes_on_as_if_never_stopped(sampler: str) -> None:
         assert resumed.notes() == whole.notes()
 
 
+@pytest.mark.slow
 def test_tpe_learns_and_a_quasi_random_sequence_does_not() -> None:
     def later(sampler: str) -> float:
         return float(np.mean([additive(each) for asked in played(begun(sampler, FREE), 6)[2:] for each in asked]))

@@ -89,6 +89,7 @@ def test_on_luck_alone_the_gate_is_shut_and_it_goes_on_at_random() -> None:
     assert strategy.used == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", [additive, luck])
 @pytest.mark.parametrize("budget", [False, True])
 def test_resumed_anywhere_it_goes_on_as_if_never_stopped(score: Any, budget: bool) -> None:

@@ -92,6 +92,7 @@ def test_the_interval_covers() -> None:
 # --- the gate ---
 
 
+@pytest.mark.slow
 def test_the_gate_stays_shut_on_noise() -> None:
     """A gate that asks for no minimum opens as often as its level says."""
     codes, opened = drawn(120), 0
@@ -103,6 +104,7 @@ def test_the_gate_stays_shut_on_noise() -> None:
     assert opened <= 8
 
 
+@pytest.mark.slow
 def test_the_usual_gate_seldom_opens_on_noise() -> None:
     codes, opened = drawn(120), 0
     for seed in range(100):
@@ -244,6 +246,7 @@ def test_a_score_counts_as_much_as_it_is_sure() -> None:
     assert found[0] > found[1]
 
 
+@pytest.mark.slow
 def test_it_follows_from_the_seed_and_moves_no_global_state() -> None:
     codes, before = drawn(60), np.random.get_state()[1].copy()  # noqa: NPY002
     found = []

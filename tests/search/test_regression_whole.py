@@ -335,6 +335,7 @@ def first_image(run: Run) -> Path:
     return sorted((run.path / "images").rglob("*.png"))[0]
 
 
+@pytest.mark.nightly  # the example whole_way and the demo go it with classifiers
 def test_the_whole_way_on_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The shipped space and recipe: reconstructions far better than the mean image, and a larger budget is not worse."""
     settings = tmp_path / "small.yaml"

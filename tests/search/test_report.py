@@ -104,6 +104,7 @@ def traces(plot: Any) -> dict[str, Any]:
     return {trace.get("name", "line"): trace for trace in plot["data"]}
 
 
+@pytest.mark.slow
 def test_the_page_says_what_was_given_with_units() -> None:
     page = Page(render(content()))
     for text in (
@@ -196,6 +197,7 @@ def test_text_that_is_given_is_never_markup(name: str) -> None:
         assert not re.search("[<>]", "".join([trace.get("name", ""), *trace.get("text", [])]))
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(name=st.text())
 def test_any_text_can_be_written(name: str) -> None:

@@ -219,6 +219,7 @@ def test_shared_nodes_are_computed_once_and_counted_so() -> None:
     assert together.spent.macs == (11 + 8) * macs_shared(space, archs)
 
 
+@pytest.mark.slow
 def test_calibration_goes_on_where_it_was() -> None:
     space, evaluator = kept("mbconv")
     archs, together = drawn(space, 8), shared(evaluator)

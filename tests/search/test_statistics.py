@@ -167,6 +167,7 @@ def test_noise_in_floats_gives_no_significant_difference() -> None:
     assert whole >= 90
 
 
+@pytest.mark.slow
 def test_holm_against_the_observed_best_would_be_too_liberal() -> None:
     """The reason for the confidence set, and the figure of the module's docstring (there of 2,000 runs)."""
     wrong, wrong_set = 0, 0

@@ -385,6 +385,7 @@ def test_an_empty_file_is_no_search_file(path: Path) -> None:
     assert path.read_bytes() == b""
 
 
+@pytest.mark.slow
 def test_a_killed_writer_loses_no_acknowledged_row_and_tears_none(path: Path) -> None:
     noise = random.Random(1)
     acknowledged: dict[str, int] = {}

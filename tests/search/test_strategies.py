@@ -397,6 +397,7 @@ def clearly_ahead(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any], margin
     assert ahead.mean() > max(margin, 2 * ahead.std(ddof=1) / len(ahead) ** 0.5), ahead
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNING)
 def test_the_best_beats_random_search_at_equal_evaluations(name: str) -> None:
     clearly_ahead(outcome(name)[0], outcome("random")[0], 0.15)

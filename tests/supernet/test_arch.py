@@ -41,6 +41,7 @@ def test_different_choices_have_different_keys(one: dict[str, Choice], other: di
         assert Arch(tuple(one.items())).key != Arch(tuple(other.items())).key
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.data())
 def test_in_a_space_keys_are_equal_exactly_where_archs_are(definitions: st.SearchStrategy[Any], data: st.DataObject) -> None:

@@ -203,6 +203,7 @@ def test_the_store_has_the_weights_of_every_operation_of_every_edge(tiny: Space)
         assert widened <= names if edge.startswith("0") else not widened & names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("children", "steps"), [(4, 20), (7, 8)])
 def test_every_operation_of_every_edge_gets_its_turn_within_a_few_steps(tiny: Space, children: int, steps: int) -> None:
     supernet = Supernet(tiny, seed=0)
@@ -327,6 +328,7 @@ def test_probe_and_peak_memory_of_the_shipped_space_are_those_of_the_export(whic
     assert arch_costs(SPACE, arch)["peak_memory_bytes"] == peak_bytes(model, graph_shapes(model))
 
 
+@pytest.mark.slow
 def test_skips_that_meet_in_a_node_are_one_value_read_twice(tiny: Space, graph_shapes: Shapes) -> None:
     """Skips of skips: the sum adds a value to itself."""
     arch = tiny.arch(choices_with(tiny, "normal", ("skip", "skip", "skip")))

@@ -182,6 +182,7 @@ def test_damage_to_any_file_makes_the_checkpoint_not_whole_and_the_older_one_the
     assert latest(tmp_path) is None
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
     path = save(tmp_path, small(1, size=1))
     for file in sorted(path.iterdir()):
@@ -424,6 +425,7 @@ for number in range(rounds):
 """
 
 
+@pytest.mark.slow
 def test_a_writer_killed_at_any_moment_never_loses_what_it_had_saved(tmp_path: Path) -> None:
     found = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path / "checkpoints"), "20"], capture_output=True, text=True, cwd=ROOT, check=False

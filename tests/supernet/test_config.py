@@ -73,6 +73,7 @@ def test_every_shipped_space_loads_under_its_own_name(name: str) -> None:
 # --- text that is no mapping of keys to values ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -290,6 +291,7 @@ def space_or_input_error(load: Callable[[], Space]) -> None:
         assert Space.from_definition(json.loads(json.dumps(space.definition))).key == space.key
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(st.data())
 def test_any_damage_to_a_definition_is_a_space_or_an_input_error(data: st.DataObject) -> None:
@@ -351,6 +353,7 @@ SPECIAL = [
 ]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(st.integers(0, len(TINY)), st.integers(0, 12), st.lists(st.sampled_from(SPECIAL) | st.text(max_size=3), max_size=3))
 @example(0, 0, ["\ufeff\ufeff"])

@@ -47,6 +47,7 @@ def test_many_at_once_cost_the_same_as_one_by_one(costs: Costs, seed: int) -> No
         assert {name: int(values[position]) for name, values in at_once.items()} == arch_costs(costs.space, arch)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_any_valid_space_builds_networks_that_cost_what_is_counted(
@@ -97,6 +98,7 @@ def test_a_weighted_sum_of_the_features_is_what_the_features_give(costs: Costs) 
     np.testing.assert_allclose(found, costs.features(codes) @ list(weights.values()), rtol=1e-12)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(st.sampled_from(SHIPPED), st.integers(0, 2**32))
 def test_features_add_up_to_the_macs_and_to_the_number_of_operators(costs: Costs, seed: int) -> None:

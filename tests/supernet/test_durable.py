@@ -85,6 +85,7 @@ plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, a
 trees = st.recursive(plain, lambda inner: st.lists(inner) | st.dictionaries(texts, inner), max_leaves=8)
 
 
+@pytest.mark.slow
 @given(trees)
 def test_json_comes_back_with_every_digit(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
     path = tmp_path_factory.getbasetemp() / "value.json"

@@ -129,6 +129,7 @@ def test_a_timm_network_of_another_kind_is_refused() -> None:
         family.from_timm({})
 
 
+@pytest.mark.slow
 def test_timm_weights_go_to_the_slots_of_their_blocks_in_every_space() -> None:
     stored = {name: value.shape for name, value in Supernet(load_space("bignas")).named_parameters()}
     found = load_space("bignas").family.from_timm(timm_network("efficientnet_b0").state_dict())
@@ -278,6 +279,7 @@ def test_blocks_without_a_shortcut_do_not_start_at_zero() -> None:
 # --- channel divisors ---
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(1, 80), min_size=3, max_size=3), st.sampled_from([1, 1.3, 2, 2.5, 6]))
 def test_a_divisor_rounds_every_width_up_to_a_multiple_and_eight_changes_nothing(widths: list[int], ratio: float) -> None:

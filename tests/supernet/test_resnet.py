@@ -212,6 +212,7 @@ def donated(theirs: nn.Module, residual: bool) -> tuple[Supernet, Arch | None, s
     return supernet, start.arch, set(start.left)
 
 
+@pytest.mark.slow
 def test_a_warm_start_from_timm_is_that_network(theirs: nn.Module) -> None:
     supernet, arch, left = donated(theirs, residual=False)
     assert arch is not None and not left

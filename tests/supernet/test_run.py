@@ -187,6 +187,7 @@ junk = st.recursive(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_damage_to_a_config_is_a_run_or_an_input_error(run: Run, data: st.DataObject) -> None:

@@ -79,6 +79,7 @@ def test_samples_mutants_and_crossings_stay_in_the_space(space: Space, seed: int
     assert all(choice in {a, b} for (_, choice), (_, a), (_, b) in zip(crossing, one, other, strict=True))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.data(), seeds)
 def test_a_mutant_differs_wherever_there_is_a_choice(
@@ -134,6 +135,7 @@ def test_smallest_and_largest_take_the_first_and_last_of_every_dimension(space: 
     assert space.resolution(space.smallest) == space.smallest["resolution"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", SHIPPED, ids=lambda space: space.name)
 def test_no_arch_costs_less_than_the_smallest_or_more_than_the_largest(space: Space) -> None:
     codes = space.sample_codes(2000, np.random.default_rng(3))

@@ -173,6 +173,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
+@pytest.mark.slow
 def test_every_child_sees_the_same_crops_at_its_own_resolution(
     supernet: Supernet, images: Tensor, calls: list[dict[str, Any]]
 ) -> None:

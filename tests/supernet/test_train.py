@@ -158,6 +158,7 @@ def test_the_same_run_twice_learns_the_same(run: Run, whole: dict[str, bytes]) -
     assert learnt(run) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("saving_always")
 @pytest.mark.parametrize("steps", [[1], [STEPS - 1], [STEPS], [2, 3, 5]])
 def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(run: Run, whole: dict[str, bytes], steps: list[int]) -> None:
@@ -184,6 +185,7 @@ def test_a_run_stopped_in_mid_epoch_goes_back_to_its_last_checkpoint_and_the_log
     assert learnt(run) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("saving_always")
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 def test_a_damaged_checkpoint_gives_way_to_the_older_one(run: Run, whole: dict[str, bytes], name: str) -> None:
@@ -357,6 +359,7 @@ def test_a_rate_that_no_rollback_can_save_ends_the_run_and_the_checkpoints_stay_
     assert not run.finished
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("saving_always")
 @pytest.mark.parametrize("step", [2, STEPS])
 def test_weights_that_are_not_finite_are_never_saved(run: Run, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,6 +392,7 @@ def test_weights_that_are_not_finite_are_never_saved(run: Run, step: int, monkey
     assert run.finished
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("saving_always")
 def test_a_full_disk_ends_the_run_and_it_goes_on_when_there_is_room(
     run: Run, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch

@@ -120,6 +120,7 @@ def test_a_skipped_step_moves_nothing_not_even_momentum(another: Callable[..., R
         assert_same(dict(before.tensors[group]), dict(after.tensors[group]))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("saving_always")
 def test_a_run_of_bad_steps_goes_back_lowers_the_rate_and_draws_anew(another: Callable[..., Run], step_by_step: Any) -> None:
     calls = step_by_step(lambda call, supernet: spoil(supernet) if call in {5, 6} else None)
@@ -229,6 +230,7 @@ def test_a_supernet_that_collapses_in_mid_training_is_taken_back(
 # --- memory ---
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_is_made_in_smaller_pieces_and_is_the_same(
     another: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, images: Source
 ) -> None:
@@ -285,6 +287,7 @@ def test_children_are_taken_from_the_moving_average_and_it_survives_a_resume(ano
     assert Run.open(straight.path).weights_hash != Run.open(plain.path).weights_hash
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("saving_always")
 def test_the_best_checkpoint_is_kept_and_can_be_used(another: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([0.9, 0.4, 0.5, 0.3])
@@ -305,6 +308,7 @@ def test_the_best_checkpoint_is_kept_and_can_be_used(another: Callable[..., Run]
     assert changed.finished
 
 
+@pytest.mark.slow
 def test_looks_are_in_the_log_and_change_nothing(another: Callable[..., Run]) -> None:
     looking, blind = another("looking", validate_epochs=1), another("blind", validate_epochs=0)
     train(looking)
@@ -454,6 +458,7 @@ def test_what_memory_taught_survives_a_resume_until_somebody_asks_for_something_
     assert set(sizes) == {8}
 
 
+@pytest.mark.slow
 def test_candidates_that_do_not_fit_make_the_pieces_smaller_too(
     another: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,7 @@ def test_a_child_of_the_space_is_that_child_from_the_start_with_its_statistics(a
         assert torch.equal(value[outside], before[name][outside]), name
 
 
+@pytest.mark.slow
 def test_the_arch_is_read_from_the_shapes_alone() -> None:
     rng = np.random.default_rng(0)
     for _ in range(4):
@@ -132,6 +133,7 @@ def test_positions_of_another_grid_are_interpolated_and_never_cut(resolution: li
     assert again.arch == donor.space.smallest and torch.equal(same.get_parameter("embed.position"), network.embed.position)
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_weights_and_needs_their_file_no_more(easy_npz: Path, tmp_path: Path, tiny_run: Run) -> None:
     network, _ = trained(tiny_run.space, 6)
     save_file(network.state_dict(), tmp_path / "child.safetensors")
@@ -240,6 +242,7 @@ def test_a_run_of_another_layout_or_family_is_refused(tiny_run: Run, tmp_path: P
         read_donor(load_space("mlp"), str(tiny_run.path))
 
 
+@pytest.mark.slow
 def test_statistics_that_are_damaged_are_not_kept() -> None:
     network, _ = trained(SPACE, 5)
     for change in ({"stem.norm.running_var": torch.full((8,), -1.0)}, {"stem.norm.running_mean": torch.zeros(3)}):

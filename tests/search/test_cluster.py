@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from search.cluster import INSTALL, TRIES, Holder, Order, RayEvaluator, Workers, opened, packed, shared
+from search.actor import Holder, Order, opened, packed, shared
+from search.cluster import INSTALL, TRIES, RayEvaluator, Workers
 from search.evaluate import SharedEvaluator, Spent
 from search.rungs import Rung
 from supernet.arch import Arch
@@ -59,7 +60,7 @@ def disturbed(folder: Path, kind: str, key: str = "") -> Any:
     """
 
     def build(run: Run, split: str, rungs: Sequence[Rung], device: str) -> Any:
-        from search.cluster import shared
+        from search.actor import shared
 
         evaluator = shared(run, split, rungs, device)
 

@@ -94,9 +94,7 @@ def bill(
     plain = (Rung(images, table.calibration_images),)
     found = [(field(table, seed, worst), ours(table, steps, seed, worst, strategy, sizes),
               ours(table, plain, seed, worst, strategy, sizes)) for seed in range(seeds)]  # fmt: skip
-    say(
-        f"\n{strategy}; hypervolume above top1 {worst:.3f}: macs until 99 % of the best known (median over {seeds} seeds, 95 % bootstrap)"
-    )
+    say(f"\n{strategy}; hypervolume above top1 {worst:.3f}: macs until 99 % of the best known (median of {seeds} seeds, 95 %)")
     for name, column in (("field", 0), ("ours", 1), ("ours without races", 2)):
         each = [row[column] for row in found]
         reached = [table.hypervolume(step.whole, worst) for step in each]

@@ -86,9 +86,8 @@ class Engine:
             self._save({}, self.view)
         else:
             self.view = {by_key[key]: rung for _, key, rung in saved.told if key in by_key and rung != FAILED}
-            self.failed = {key: "in an earlier part of the search" for _, key, rung in saved.told if rung == FAILED}
             self._generation, state = saved.generation, dict(saved.state)
-            self.notes += state.get("notes", [])
+            self.notes, self.failed = list(state.get("notes", [])), dict(state.get("failed", {}))
         if self._generation == 0:
             self._begin([space.smallest, space.largest])
         self._done = int(state.get("done", 0))
@@ -148,7 +147,7 @@ class Engine:
             proposals = [Proposal(arch, self.known.rows[arch].stage) for arch in dict.fromkeys(best)]
             self._unsaved = [*self._raced(proposals, protected=best), *self._promoted()]
         strategy = phase.make([arch for zone in range(len(self.zones)) if (arch := self.leader(zone)) is not None])
-        before = sum(earlier.evaluations for earlier in self.phases[:position])
+        before, noted = sum(earlier.evaluations for earlier in self.phases[:position]), list(self.notes)
         if state is not None:
             strategy.load_state(state)
         else:
@@ -162,12 +161,11 @@ class Engine:
             told = self._raced(asked)
             strategy.tell(told)
             self._done += len(asked)
-            self._note(strategy)
             self.progress(Event(f"evaluating: {asked[-1].stage}", self._done, self.total, self._front()))
-            self._save({"phase": position, "done": self._done, "strategy": strategy.state(), "notes": self.notes},
+            self._save({"phase": position, "done": self._done, "strategy": strategy.state(), "notes": noted},
                        {result.arch: self._rung(result) for result in (*self._unsaved, *told)})  # fmt: skip
             self._unsaved = []
-        self._note(strategy)
+        self.notes = noted + [note for note in strategy.notes() if note not in noted]
 
     def _climb(self, phase: Phase) -> None:
         """Set the top rung: all images, or where these are many the last rung of at least `ENOUGH`."""
@@ -190,7 +188,11 @@ class Engine:
         )
         self.view |= {arch: one.rung for arch, one in raced.items()}
         reasons = self.known.advancing.failed if self.known.advancing else {}
-        self.failed |= {arch.key: reasons.get(arch, "it was left out") for arch in archs if arch not in raced}
+        for arch in archs:
+            if arch in raced:
+                self.failed.pop(arch.key, None)
+            else:
+                self.failed[arch.key] = reasons.get(arch, "it was left out")
         images = [rung.images for rung in self.known.rungs]
         return [
             Result(arch, self.score(arch), images[raced[arch].rung], raced[arch].decided)
@@ -224,8 +226,6 @@ class Engine:
 
     def _save(self, state: dict[str, Any], told: dict[Arch, int]) -> None:
         generation = self._generation + 1 if state else 0
+        state = {**state, "failed": self.failed} if state else state
         self.known.store.save_search(self.identity, generation, state, [(arch.key, rung) for arch, rung in told.items()])
         self._generation = generation
-
-    def _note(self, strategy: Strategy) -> None:
-        self.notes += [note for note in strategy.notes() if note not in self.notes]

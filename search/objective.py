@@ -6,7 +6,9 @@ Objectives that are no plain means (balanced accuracy, macro F1) are written as 
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -138,12 +140,33 @@ class PerImage(_Shown):
 
 
 def fingerprint(objective: Objective) -> str:
-    """Tells two objectives of one name apart by the code of a user's function; of others it is the name of their class."""
-    code = getattr(getattr(objective, "function", None), "__code__", None)
-    if code is None:
-        return type(objective).__qualname__
-    told = repr((code.co_code, [each for each in code.co_consts if not hasattr(each, "co_code")], code.co_names))
+    """Tells two objectives of one name apart, in any process, by the code of a user's function and the plain values that it holds.
+
+    Not by what the function calls, nor by other objects that it holds; of objectives without a function it is the name of their class.
+    """
+    function = getattr(objective, "function", None)
+    told = type(objective).__qualname__ + ("" if function is None else _told(function))
     return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def _told(value: Any) -> str:
+    """A function, its code or a plain value as text, the same in every process."""
+    if isinstance(value, functools.partial):
+        return f"partial({_told(value.func)}, {_told(value.args)}, {_told(value.keywords)})"
+    if isinstance(value, types.FunctionType):
+        held = [cell.cell_contents for cell in value.__closure__ or ()]
+        return f"function({_told(value.__code__)}, {_told(value.__defaults__)}, {_told(value.__kwdefaults__)}, {_told(held)})"
+    if isinstance(value, types.CodeType):
+        return f"code({value.co_code!r}, {value.co_names}, {_told(value.co_consts)})"
+    if isinstance(value, dict):
+        return f"dict({sorted((_told(key), _told(each)) for key, each in value.items())})"
+    if isinstance(value, set | frozenset):
+        return f"set({sorted(map(_told, value))})"
+    if isinstance(value, list | tuple):
+        return f"{type(value).__name__}({', '.join(map(_told, value))})"
+    if isinstance(value, int | float | str | bytes | complex | None):
+        return repr(value)
+    return repr(value.tolist()) if isinstance(value, np.ndarray | np.generic) else type(value).__qualname__
 
 
 OBJECTIVES: dict[str, Objective] = {

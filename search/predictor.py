@@ -71,9 +71,9 @@ class Verdict:
 class Gate:
     """When a predictor may propose.
 
-    Its out-of-fold tau-b among archs whose main costs are at most `band` apart, after the trend of the scores with the cost was taken
-    out, must be significantly above 0 and above that of the order by macs alone, and at least `minimum`. Intervals have level
-    1 - `alpha`, divided among the models of which the best was taken.
+    Its out-of-fold tau-b among archs whose main costs are at most `band` apart, after the trend of the scores with the cost (a
+    parabola in its logarithm) was taken out, must be significantly above 0 and above that of the order by macs alone, and at least
+    `minimum`. Intervals have level 1 - `alpha`, divided among the models of which the best was taken.
 
     Noise bounds what any predictor can reach: scores of 1,000 images differ by chance as much as children of one cost do, and then the
     truth itself has a tau of 0.3 to 0.4. So `minimum` is far below the 0.6 that is asked for on noiseless benchmarks.
@@ -322,7 +322,7 @@ class Predictor:
                 f"a predictor is fitted to one finite score an arch, but got {len(codes)} archs and scores {scores[:5]}"
             )
         self._fitted = None
-        if len(scores) < FEWEST or np.ptp(scores) == 0:
+        if len(scores) < FEWEST or np.std(scores) == 0:
             lack = (
                 f"{len(scores)} archs are scored, at least {FEWEST} are needed"
                 if len(scores) < FEWEST
@@ -384,6 +384,7 @@ class Predictor:
         guesses = np.empty(len(targets))
         for each in range(FOLDS):
             held = fold == each
-            fitted = MODELS[name](inputs[~held], targets[~held], weights[~held], self.seed, JUDGED_SIZE)
+            kept = weights[~held] / weights[~held].mean()
+            fitted = MODELS[name](inputs[~held], targets[~held], kept, self.seed, JUDGED_SIZE)
             guesses[held] = fitted.foretell(inputs[held])
         return guesses

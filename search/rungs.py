@@ -54,6 +54,7 @@ def calibration_spent(steps: Sequence[Rung], rung: int) -> int:
     """Training images that a child has run through when it is calibrated for a rung: whole batches go on from the rung below."""
     spent, known = 0, 0
     for step in steps[: rung + 1]:
-        spent += step.calibration_images - known
-        known = step.calibration_images if step.calibration_images % CALIBRATION_BATCH == 0 else 0
+        if step.calibration_images != known:
+            spent += step.calibration_images - (known if known % CALIBRATION_BATCH == 0 else 0)
+        known = step.calibration_images
     return spent

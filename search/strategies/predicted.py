@@ -49,7 +49,7 @@ class _Drawn:
 
 
 class Predicted(Pooled):
-    """Asks for `initial` archs spread over the costs, then each time for what a predictor fitted to all that was told likes best.
+    """Asks for random archs until `initial` are known, then each time for what a predictor fitted to all that was told likes best.
 
     Every proposal is the best arch of a predictor of its own, drawn from all that fit the scores well (Thompson 1933): what is
     uncertain is tried, what is not is used, and no margin has to be set. It is found by evolution on the drawn predictors; half of them
@@ -98,7 +98,10 @@ class Predicted(Pooled):
             return self.pool.codes[:0]
         draws = self.predictor.drawn(count, rng)
         known = self.pool.codes[self.pool.ranked[: 4 * KEPT]]
-        found = self._drawn(np.unique(np.concatenate([known, self.feasible.sample(OFFSPRING, rng)]), axis=0), draws)
+        begin = np.unique(np.concatenate([known, self.feasible.sample(OFFSPRING, rng)]), axis=0)
+        if not len(begin):  # nothing meets the budgets
+            return begin
+        found = self._drawn(begin, draws)
         ceilings = np.full(count, np.inf)
         low, high = np.log(np.maximum(found.costs, 1e-9))[[found.costs.argmin(), found.costs.argmax()]]
         bound = count - math.ceil(FREELY * count)
@@ -158,3 +161,4 @@ class Predicted(Pooled):
         if not (type(rounds) is int and type(used) is int and 0 <= used <= rounds and isinstance(why, str)):
             raise InputError("the state of a search is damaged (its rounds do not fit together): search anew")
         self.rounds, self.used, self.why = rounds, used, why
+        self.predictor.seed = int(state["seed"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from search.known import Known
 from search.objective import objective_named
 from search.rungs import Rung
 from search.store import Store
+from search.strategies import Proposal
 from search.strategies.registry import make
 from search.wanted import caps
 from supernet.arch import Arch
@@ -136,11 +138,52 @@ def test_what_failed_and_why_is_kept_by_a_search_that_goes_on(tmp_path: Path) ->
     view, _ = seen(folder(tmp_path, "whole"), Table())
     bad = {key for key, _ in view[5:15]} - {SPACE.smallest.key, SPACE.largest.key}
     (tmp_path / "failing").mkdir()
-    for reason in ("it was to fail", "in an earlier part of the search"):
+    for _ in range(2):
         searching, store = engine(tmp_path / "failing", Table(fails=bad))
         with store:
             searching.go()
-        assert searching.failed and set(searching.failed) <= bad and set(searching.failed.values()) == {reason}
+        assert searching.failed and set(searching.failed) <= bad and set(searching.failed.values()) == {"it was to fail"}
+
+
+def test_a_child_that_is_evaluated_in_the_end_did_not_fail(tmp_path: Path) -> None:
+    class Once(Table):
+        def advance(self, archs: Any, rung: int) -> dict[Arch, Any]:
+            found = super().advance(archs, rung)
+            self.fails = set()
+            return found
+
+    table = Once(fails={SPACE.smallest.key})
+    searching, store = engine(tmp_path, table)
+    searching.phases = [replace(searching.phases[0], make=lambda _: Twice())]
+    with store:
+        searching._begin = lambda _: searching._raced([])  # type: ignore[assignment, method-assign, return-value]
+        searching.go()
+    assert searching.failed == {} and SPACE.smallest in searching.view
+    assert searching.notes == ["asked 2 times"]
+
+
+class Twice:
+    """Asks for the same child until it comes back; its notes change with every ask."""
+
+    asks = 0
+
+    def ask(self, count: int) -> list[Proposal]:
+        self.asks += self.asks < 2
+        return [Proposal(SPACE.smallest, "one")] if self.asks <= 2 and not self.done else []
+
+    done = False
+
+    def tell(self, results: Any) -> None:
+        self.done = any(result.score is not None for result in results)
+
+    def state(self) -> dict[str, Any]:
+        return {"asks": self.asks}
+
+    def load_state(self, state: Any) -> None:
+        self.asks = state["asks"]
+
+    def notes(self) -> list[str]:
+        return [f"asked {self.asks} times"]
 
 
 def test_where_an_end_of_the_space_fails_the_search_says_so_at_once(tmp_path: Path) -> None:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import subprocess
+import sys
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -194,12 +200,41 @@ def test_an_objective_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert objective_named("sure", Classification) is sure
 
 
+def of(function: Any) -> str:
+    return fingerprint(PerImage("sure", "sure", "", function))
+
+
+def not_class(number: int) -> Any:
+    return lambda samples, labels: samples["predicted"] != number
+
+
 def test_a_changed_function_is_another_objective() -> None:
-    one, same, other = (PerImage("sure", "sure", "", function) for function in (
-        lambda samples, labels: -samples["loss"], lambda samples, labels: -samples["loss"], lambda samples, labels: samples["loss"],
-    ))  # fmt: skip
-    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
-    assert fingerprint(OBJECTIVES["top1"]) == fingerprint(OBJECTIVES["top5"]) == "TopK"  # their names differ
+    assert of(lambda samples, labels: -samples["loss"]) == of(lambda samples, labels: -samples["loss"])
+    different = [
+        of(lambda samples, labels: -samples["loss"]), of(lambda samples, labels: samples["loss"]), of(not_class(3)), of(not_class(5)),
+        of(lambda samples, labels: [each + 1 for each in labels]), of(lambda samples, labels: [each + 2 for each in labels]),
+        of(functools.partial(not_class, 3)), of(functools.partial(not_class, 5)), of(lambda samples, labels, most=3: labels < most),
+    ]  # fmt: skip
+    assert len(set(different)) == len(different)
+    assert fingerprint(OBJECTIVES["top1"]) == fingerprint(OBJECTIVES["top5"])  # their names differ
+
+
+def test_the_fingerprint_is_the_same_in_every_process() -> None:
+    program = (
+        "from search.objective import PerImage, fingerprint;"
+        "print(fingerprint(PerImage('x', 'x', '', lambda s, l: l in {'a', 'b', 'c', 'd'})))"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(found) == 1
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------------

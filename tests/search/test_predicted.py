@@ -174,3 +174,18 @@ def test_the_gate_can_be_given() -> None:
     strategy = quick(gate=Gate(minimum=2))
     played(strategy, 4, additive)
     assert "at least 2 is asked for" in strategy.why
+
+
+def test_where_nothing_meets_the_budgets_it_asks_for_nothing() -> None:
+    most = COSTS.macs(SPACE.encode([SPACE.largest]))[0]
+    strategy = quick(Feasible(SPACE, COSTS, (Budget("macs", float(most) + 1, lower=True),)), gate=Gate(minimum=-1, alpha=0.999))
+    archs = SPACE.decode(SPACE.sample_codes(60, np.random.default_rng(5)))
+    strategy.tell([Result(arch, additive(Proposal(arch, "")), 100) for arch in archs])
+    assert strategy.ask(16) == []
+
+
+def test_a_state_brings_its_seed_along() -> None:
+    one, other = quick(models=["forest"]), quick(models=["forest"], seed=9)
+    played(one, 3, additive)
+    other.load_state(json.loads(json.dumps(one.state())))
+    assert one.ask(16) == other.ask(16)

@@ -32,6 +32,7 @@ def test_statistics_go_on_from_the_rung_below_where_that_had_whole_batches() -> 
     steps = rungs(4_000, 1_024)
     assert [calibration_spent(steps, rung) for rung in range(3)] == [64, 64 + 256, 64 + 1024]
     assert calibration_spent(rungs(200, 2_048), 0) == 2_048
+    assert [calibration_spent(rungs(4_000, 100), rung) for rung in range(3)] == [64, 164, 164]
 
 
 @pytest.mark.parametrize("wrong", [{"images": 0}, {"calibration_images": 0}, {"first": 0}, {"factor": 1}])

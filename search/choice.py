@@ -58,6 +58,9 @@ class Choice:
             self.notes.append(
                 f"chosen child and largest child of the space: {verdict} on the confirm images (p = {p_value:.3g})"
             )
+        all_of_best = (*self.budgets, *self.wanted[0].budgets)
+        if best != ends[0] and meets(all_of_best, self.known.rows[ends[0]].costs, self.measured[ends[0].key]):
+            self._against_smallest(best, ends[0])
         self._against_random(best)
         self._remark_failed()
         self._remark_front(answers)
@@ -143,6 +146,18 @@ class Choice:
             self.run.path, arch, dict(self.known.rows[arch].costs), self.scores[arch], confirm_score, predicted,
             {f"latency_ms@{name}" if name else "latency_ms": latency for name, latency in self.measured[arch.key].items()}, estimate,
         )  # fmt: skip
+
+    def _against_smallest(self, best: Arch, smallest: Arch) -> None:
+        """Whether the confirm images show that the search gained anything over the cheapest child there is."""
+        values = self.bench.confirm([best, smallest])
+        result = compare(values[best], values[smallest])
+        if result.low <= 0:
+            show = self.bench.objective.show
+            self.notes.append(
+                f"on {len(values[best])} confirm images the chosen child ({show(float(values[best].mean()))}) is not shown better "
+                f"than the smallest child of the space ({show(float(values[smallest].mean()))}, p = {result.p_value:.3g}): "
+                "`--arch smallest` exports that"
+            )
 
     def _against_random(self, best: Arch) -> None:
         """What random children within the budgets reached: the baseline of every search."""

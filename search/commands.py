@@ -156,7 +156,10 @@ def search(
         print_json(found.as_dict())
         return
     text = objective_of(opened, found).show
-    print_table(rows_of(found, text), f"budgets: {', '.join(found.budgets) or 'none'}; {found.evaluated} children evaluated")
+    print_table(
+        rows_of(found, text),
+        f"budgets: {', '.join(found.budgets) or 'none'}; scores: {found.objective}; {found.evaluated} children evaluated",
+    )
     if len(found.answers) > 1:
         print_table([{"for": answer.name, **_row("", answer.child, text)} for answer in found.answers[1:]], "further children")
     for note in found.notes:
@@ -232,14 +235,14 @@ def rows_of(found: Found, text: Callable[[float], str]) -> list[dict[str, Any]]:
 
 
 def _row(name: str, child: Child, text: Callable[[float], str]) -> dict[str, Any]:
-    latency, estimate = child.latency, child.estimate
+    estimate, timed = child.estimate, child.latencies.items()
     return {
         "key": child.key, "search_val": text(child.search_score),
         "confirm": text(child.confirm_score) if child.confirm_score is not None else "-",
         "expected": f"{text(estimate.value)} ({text(estimate.low)} to {text(estimate.high)})" if estimate else "-",
         "macs": int(child.costs["macs"]), "params": int(child.costs["params"]),
         "predicted ms": child.predicted_latency_ms if child.predicted_latency_ms is not None else "-",
-        "latency_ms": f"{latency.latency_ms:.4g} ({latency.low:.4g} to {latency.high:.4g})" if latency else "-",
+        **({target: f"{each.latency_ms:.4g} ({each.low:.4g} to {each.high:.4g})" for target, each in timed} or {"latency_ms": "-"}),
     }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -78,7 +79,22 @@ def print_table(rows: Sequence[Mapping[str, object]], title: str = "") -> None:
         console.width = 200  # a pipe has no width: do not break lines
     if title:
         console.print(f"[italic]{escape(title)}[/]", soft_wrap=True)  # a table's own title breaks at its width
-    console.print(table)
+    if table.columns and Measurement.get(console, console.options.update(max_width=10_000), table).maximum > console.width:
+        console.print(*_records(rows), sep="\n")
+    else:
+        console.print(table)
+
+
+def _records(rows: Sequence[Mapping[str, object]]) -> list[Table]:
+    """Rows that are too wide for the terminal, each as lines of name and value."""
+    found = []
+    for row in rows:
+        lines = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for column, value in row.items():
+            lines.add_row(escape(column), escape(shown(value)))
+        lines.add_row("", "")
+        found.append(lines)
+    return found
 
 
 def number_of(count: int) -> str:

@@ -151,6 +151,8 @@ class Predicted(Pooled):
 
     def notes(self) -> list[str]:
         """Whether the predictor proposed, and on what figures."""
+        if not self.rounds:
+            return ["The predictor was not asked: there were too few children to learn from"]
         return [f"The predictor proposed in {self.used} of {self.rounds} rounds; last {self.why}"]
 
     def _own_state(self) -> dict[str, Any]:

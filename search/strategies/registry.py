@@ -50,4 +50,11 @@ def make(name: str, space: Space, feasible: Feasible, *, seed: int, **settings: 
         if setting not in known:
             offered = f"is set by {', '.join(known)}" if known else "has no settings"
             raise InputError(f"the strategy {name} {offered}, but got {setting!r}{nearest(setting, known)}")
-    return constructor(space, feasible, seed=seed, **settings)
+    try:
+        return constructor(space, feasible, seed=seed, **settings)
+    except (TypeError, ValueError, AttributeError) as error:
+        if not settings:
+            raise
+        raise InputError(
+            f"the strategy {name} cannot be made with {str(settings)[:200]} ({error}): give values of the right type"
+        ) from error

@@ -28,6 +28,7 @@ from search.finalists import judge as judge_of
 from search.found import Found
 from search.loop import Asked, identity
 from search.loop import search as search_loop
+from search.objective import OBJECTIVES
 from search.settings import SearchConfig, load_search_config
 from search.store import Store
 from supernet import checkpoint
@@ -35,6 +36,7 @@ from supernet.arch import Arch
 from supernet.costs import arch_costs
 from supernet.errors import InputError
 from supernet.run import Run
+from supernet.samples import unpack
 from supernet.space import Space
 
 ROOT = Path(__file__).parents[2]
@@ -614,3 +616,19 @@ def test_every_strategy_goes_the_whole_way(run_copy: Run, fake_target: Any, judg
     found = search(run_copy, ["macs<=700K"], settings=settings, target=fake_target())
     assert found.best.costs["macs"] <= 700e3
     assert search(run_copy, ["macs<=700K"], settings=settings, target=fake_target()).best == found.best
+
+
+def test_what_is_kept_of_a_confirmed_child_is_the_metric_of_the_task_whatever_the_search_was_for(
+    run_copy: Run, judge: Any, probes: None, fake_target: Any
+) -> None:
+    settings = SETTINGS.model_copy(update={"objective": "macro_f1"})
+    found = search(run_copy, ["macs<=600K"], settings=settings, target=fake_target())
+    labels = run_copy.dataset.split("confirm").labels
+    with Store.existing(run_copy.path / "search" / "search.sqlite") as store:
+        rows = {row.key: row for row in store.confirmed()}
+    for row in rows.values():
+        samples = unpack(row.samples, row.images, run_copy.task.columns)
+        assert row.score == pytest.approx(float((samples["rank"] == 0).mean()))
+    samples = unpack(rows[found.best.key].samples, len(labels), run_copy.task.columns)
+    wanted = OBJECTIVES["macro_f1"].values(samples, labels, len(run_copy.classes)).mean()
+    assert found.best.confirm_score == pytest.approx(wanted)

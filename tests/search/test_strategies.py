@@ -422,6 +422,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(given_: str, meant: str | N
 
 @pytest.mark.parametrize(("name", "setting", "message"), [
     ("evolution", {"poplation": 9}, "Did you mean 'population'"), ("random", {"elites": 9}, "has no settings"),
+    ("predicted", {"initial": "abc"}, "right type"), ("predicted", {"models": 3}, "right type"),
     ("evolution", {"population": 1}, "at least 2"), ("coarse_to_fine", {"zones": 0}, "zones of at least 1"),
     ("local", {"elites": 0}, "at least 1"), ("evolution", {"mutation": 2}, "from 0 to 1"),
     ("evolution", {"costs": ["mac"]}, "Did you mean 'macs'"),

@@ -1,8 +1,8 @@
 """Searches replayed over a table of what every child of a space did on every image: the real engine, evaluation by look-up.
 
 The macs charged are those that a live search would spend: images and calibration images through the nodes that the children of one
-call share (`search/trie.py`), continued from the rung below. The table was scored by statistics of all calibration images: that lower rungs
-have fewer is charged for, but what it costs in accuracy is not seen.
+call share (`search/trie.py`), continued from the rung below. The table was scored by statistics of all
+calibration images: that lower rungs have fewer is charged for, but what it costs in accuracy is not seen.
 """
 
 from __future__ import annotations

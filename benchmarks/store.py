@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from search.store import Row, Store
+from search.records import Row
+from search.store import Store
 from supernet.run import environment
 from supernet.space import load_space
 

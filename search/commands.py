@@ -129,7 +129,7 @@ def _arch(run: Run, text: str) -> Arch:
                 f"no search of {run.path} evaluated a child {text}: see the keys with `nestling search show {run.path}`"
             )
         return run.space.arch(json.loads(row.arch), f"child {text}")
-    return read_arch(run.space, text)
+    return read_arch(run.space, text, "'best', 'smallest', 'largest', a key of `nestling search show RUN`")
 
 
 def search(

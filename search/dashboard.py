@@ -206,7 +206,8 @@ def dashboard(
         table = children(store)
         shown = mirror.update(table)
         with serving(mirror.path, port) as (address, server), contextlib.suppress(KeyboardInterrupt):
-            say(f"{address} shows {shown} of {len(table)} children; stop with Ctrl-C")
+            some = "" if shown == len(table) else f" (the best, and others at random: the dashboard is slow beyond {MOST})"
+            say(f"{address} shows {shown} of {len(table)} children{some}; stop with Ctrl-C")
             while going():
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     raise InputError(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from search import pareto
 from search.budget import Budget
 from search.feasible import Feasible
 from search.known import Known
@@ -38,7 +39,7 @@ class Event:
     done: int
     total: int
     front: Sequence[Mapping[str, Any]] = ()
-    """The best child of each zone so far: key, score, cost, stage."""
+    """The best child of each zone so far: key, score, costs, stage, and whether none of these is cheaper and as good (`front`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,10 +213,14 @@ class Engine:
 
     def _front(self) -> list[dict[str, Any]]:
         archs = [arch for zone in range(len(self.zones)) if (arch := self.leader(zone)) is not None]
-        rows = [self.known.rows[arch] for arch in dict.fromkeys(archs)]
-        scores = [self.score(arch) for arch in dict.fromkeys(archs)]
+        archs = list(dict.fromkeys(archs))
+        if not archs:
+            return []
+        rows, scores = [self.known.rows[arch] for arch in archs], [self.score(arch) for arch in archs]
+        best = set(pareto.front(scores, self.feasible.main_cost(self.known.space.encode(archs))[:, None]))
         return [
-            {"key": row.key, "score": score, **row.costs, "stage": row.stage} for row, score in zip(rows, scores, strict=True)
+            {"key": row.key, "score": score, **row.costs, "stage": row.stage, "front": place in best}
+            for place, (row, score) in enumerate(zip(rows, scores, strict=True))
         ]
 
     def _zones(self, codes: NDArray[np.int64]) -> NDArray[np.bool_]:

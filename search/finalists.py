@@ -13,8 +13,9 @@ from deploy.export import to_onnx
 from deploy.targets import Latency, Model, Target
 from search.budget import Budget
 from search.objective import Objective, objective_named
+from search.records import Confirmed, Measurement
 from search.statistics import compare, confidence_set, holm, shrunk
-from search.store import Confirmed, Measurement, Store
+from search.store import Store
 from supernet.arch import Arch
 from supernet.evaluate import Evaluator
 from supernet.run import Run

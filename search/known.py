@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from search.evaluate import Advancing
 from search.objective import Objective, objective_named, on_first
+from search.records import Row
 from search.rungs import Rung
-from search.store import Row, Store
+from search.store import Store
 from supernet.arch import Arch
 from supernet.costs import Costs
 from supernet.run import Run

@@ -100,9 +100,9 @@ class _Search:
             raise InputError(f"a front has 0 to {MOST_FRONT} children, but got {self.asked.front}")
         unknown = [name for name in self.timed if name not in self.asked.targets]
         if unknown:
-            known = [name for name in self.asked.targets if name]
-            raise InputError(f"a latency budget is of a target that is given with --target, but {unknown[0]!r} is none of {known}: "
-                             f"add --target {unknown[0]}=local")  # fmt: skip
+            given = ", ".join(name for name in self.asked.targets if name) or "none"
+            raise InputError(f"a latency budget is of a target that is given with --target, but {unknown[0]!r} was not given "
+                             f"(given: {given}): add --target {unknown[0]}=local")  # fmt: skip
 
     def go(self) -> Found:
         if not self.run.finished:

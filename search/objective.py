@@ -219,7 +219,9 @@ def objective_named(name: str | None, task: Task | type[Task]) -> Objective:
         if wanted == task.metric:
             return _Metric(task)
     if wanted not in fitting:
-        raise InputError(f"objective of a {task.name} task must be one of {fitting}, but got {wanted!r}: choose one of them")
+        raise InputError(
+            f"objective of a {task.name} task must be one of {', '.join(fitting)}, but got {wanted!r}: choose one of them"
+        )
     return OBJECTIVES[wanted]
 
 

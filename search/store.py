@@ -11,89 +11,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import operator
 import os
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
+from search.records import Confirmed, Measurement, Record, Row, encoded, now
 from supernet.durable import sync_folder
 from supernet.errors import InputError
 
 FORMAT = 2
 BUSY_TIMEOUT_MS = 60_000
 """How long a write waits for another process; a transaction here takes milliseconds."""
-
-
-def now() -> str:
-    """Give the time in UTC, ISO 8601, to the millisecond."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A child evaluated on the first `images` of the search split, up to this `rung` of its race.
-
-    `arch` is its canonical JSON, `stage` the strategy's that asked for it, `samples` what the task packed of every image, and `score`
-    the value of the task's default metric on these images (larger is better). `macs_spent` and `seconds` are all that evaluating it
-    took up to this rung.
-    """
-
-    TABLE: ClassVar[str] = "children"
-    KEYS: ClassVar[tuple[str, ...]] = ("key",)
-    CONFLICT: ClassVar[str] = "DO UPDATE SET {excluded} WHERE excluded.rung > children.rung"
-
-    key: str
-    arch: str
-    stage: str
-    rung: int
-    samples: bytes
-    images: int
-    score: float
-    costs: Mapping[str, float]
-    macs_spent: float
-    seconds: float
-    created: str = dataclasses.field(default_factory=now)
-
-
-@dataclass(frozen=True, slots=True)
-class Confirmed:
-    """A child's result on the confirm split; `samples` and `score` as a `Row`'s."""
-
-    TABLE: ClassVar[str] = "confirmed"
-    KEYS: ClassVar[tuple[str, ...]] = ("key",)
-    CONFLICT: ClassVar[str] = "DO NOTHING"
-
-    key: str
-    samples: bytes
-    score: float
-    images: int
-
-
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """A child's latency measured on a target: the estimate and the interval around it, milliseconds; `detail` is JSON."""
-
-    TABLE: ClassVar[str] = "measurements"
-    KEYS: ClassVar[tuple[str, ...]] = ("key", "target")
-    CONFLICT: ClassVar[str] = "DO NOTHING"
-
-    key: str
-    target: str
-    latency_ms: float
-    latency_ms_low: float
-    latency_ms_high: float
-    detail: Mapping[str, Any]
-    created: str = dataclasses.field(default_factory=now)
-
-
-Record = TypeVar("Record", Row, Confirmed, Measurement)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +176,7 @@ class Store:
             f"INSERT INTO {kind.TABLE} ({', '.join(names)}) VALUES ({', '.join('?' for _ in names)}) "
             f"ON CONFLICT ({', '.join(kind.KEYS)}) {conflict}"
         )
-        values = [_encode(record) for record in records]
+        values = [encoded(record) for record in records]
         with _explained(self.path), _transaction(self._connection) as connection:
             before = connection.total_changes
             connection.executemany(statement, values)
@@ -270,25 +204,6 @@ class Store:
         if not isinstance(value, dict):
             raise _damaged(self.path, f"{what} is no JSON object")
         return value
-
-
-_COLUMN: Mapping[str, Callable[[Any], object]] = {
-    "str": str,
-    "bytes": bytes,
-    "float": float,
-    "int": operator.index,
-    "Mapping[str, float]": lambda costs: json.dumps({name: float(cost) for name, cost in costs.items()}, allow_nan=False),
-    "Mapping[str, Any]": lambda detail: json.dumps(detail, allow_nan=False),
-}
-"""Declared type of a field -> what SQLite is given (it would store a numpy integer as a blob of bytes)."""
-
-
-def _encode(record: Row | Confirmed | Measurement) -> tuple[object, ...]:
-    """Give the values of a record's columns. Raises `ValueError` for NaN, which SQLite and JSON do not know."""
-    values = tuple(_COLUMN[str(field.type)](getattr(record, field.name)) for field in dataclasses.fields(record))
-    if any(isinstance(value, float) and math.isnan(value) for value in values):
-        raise ValueError(f"a number of child {record.key} is NaN: leave a child that has no score out of the store")
-    return values
 
 
 @contextlib.contextmanager

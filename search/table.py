@@ -18,7 +18,8 @@ import numpy as np
 
 from search import pareto
 from search.budget import Budget
-from search.store import Row, Store
+from search.records import Row
+from search.store import Store
 from supernet import durable
 from supernet.errors import InputError
 from supernet.samples import Columns, unpack

@@ -329,8 +329,8 @@ def load_space(name: str, *, classes: int | None = None, in_channels: int | None
     return Space.from_definition({**given, **chosen}, str(path) if path.stem != name else f"space {name}")
 
 
-def read_arch(space: Space, text: str) -> Arch:
-    """The arch that `text` names: "smallest", "largest" or a JSON file.
+def read_arch(space: Space, text: str, names: str = "'smallest', 'largest'") -> Arch:
+    """The arch that `text` names: "smallest", "largest" or a JSON file; `names` are those that an error tells of.
 
     The file holds our own form (dimension -> choice, alone or under the key "arch") or an entry as the papers' tables are written
     (lists of `width, depth, kernel_size, expand_ratio`, or of `ks, e, d`).
@@ -339,7 +339,7 @@ def read_arch(space: Space, text: str) -> Arch:
         return space.smallest if text == "smallest" else space.largest
     path = Path(text)
     if not config.is_file(path):
-        raise InputError(f"an arch is 'smallest', 'largest' or the path of a JSON file, but got {text[:200]!r}")
+        raise InputError(f"an arch is {names} or the path of a JSON file, but got {text[:200]!r}")
     value = config.read(path)
     if isinstance(value.get("arch"), dict):
         value = value["arch"]

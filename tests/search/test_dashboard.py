@@ -24,7 +24,8 @@ from optuna.storages.journal import JournalFileBackend
 from search import dashboard as shown
 from search.budget import parse_all
 from search.dashboard import Mirror, dashboard
-from search.store import Row, Store
+from search.records import Row
+from search.store import Store
 from search.table import children
 from supernet.costs import arch_costs
 from supernet.errors import InputError

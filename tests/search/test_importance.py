@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from search import importance as module
 from search.importance import importance, importance_of
-from search.store import Row, Store
+from search.records import Row
+from search.store import Store
 from search.table import children
 from supernet.costs import Costs
 from supernet.errors import InputError

@@ -16,8 +16,9 @@ from torch import Tensor
 from deploy.ship import ship
 from search.found import Found
 from search.loop import Asked, search
+from search.records import Confirmed, Row
 from search.settings import SearchConfig
-from search.store import Confirmed, Row, Store
+from search.store import Store
 from supernet import durable
 from supernet.errors import InputError
 from supernet.families.mbconv import MBConvFamily

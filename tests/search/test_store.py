@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from search.store import Confirmed, Measurement, Row, SavedSearch, Store
+from search.records import Confirmed, Measurement, Row
+from search.store import SavedSearch, Store
 from supernet.errors import InputError
 
 IDENTITY = {"space": "5ab84f65890c", "weights": "77c0e1d2aa34", "data": "digits"}
@@ -27,7 +28,8 @@ BATCH = 7
 
 WRITER = """
 import hashlib, pathlib, sys
-from search.store import Row, Store
+from search.records import Row
+from search.store import Store
 sys.stdin.readline()
 path, name, batches, size = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 with Store.open(path, identity={"space": "s"}) as store:
@@ -44,7 +46,8 @@ with Store.open(path, identity={"space": "s"}) as store:
 
 PROMOTER = """
 import pathlib, random, sys
-from search.store import Row, Store
+from search.records import Row
+from search.store import Store
 path, name, lives, rungs = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 noise, written = random.Random(name), 0
 sys.stdin.readline()

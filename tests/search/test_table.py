@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from search.budget import parse_all
-from search.store import Confirmed, Measurement, Row, Store
+from search.records import Confirmed, Measurement, Row
+from search.store import Store
 from search.table import best_by_zone, children, chosen, export, for_terminal
 from supernet.errors import InputError
 from supernet.samples import pack

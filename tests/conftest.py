@@ -77,6 +77,8 @@ class FakeTarget:
     label: str = "fake"
     measured: list[int] = field(default_factory=list)
     """How many models each call to `measure` was given."""
+    precision: str = "fp32"
+    """Of the models that it says it times."""
 
     @property
     def name(self) -> str:
@@ -93,18 +95,34 @@ class FakeTarget:
             "hash": self.label,
         }
 
-    def measure(self, models: Sequence[Model], *, precision: float = 0.02, most_seconds: float = 20.0) -> list[Timing]:
+    def measure(
+        self, models: Sequence[Model], *, width: float = 0.03, most_seconds: float = 20.0,
+        each: Callable[[int, Timing], None] | None = None,
+    ) -> list[Timing]:  # fmt: skip
         import onnx
 
         self.measured.append(len(models))
-        return [self._timing(onnx.load_model_from_string(model.data)) for model in models]
+        found = [self._timing(onnx.load_model_from_string(model.data)) for model in models]
+        for position, timing in enumerate(found):
+            if each:
+                each(position, timing)
+        return found
 
     def _timing(self, model: onnx.ModelProto) -> Timing:
-        from deploy.timing import Timing
-
         middle = self.milliseconds(model) if self.milliseconds else 0.01 + macs_of(model) / 1e8
-        low, high = middle * (1 - self.spread), middle * (1 + self.spread)
-        return Timing(middle, low, high, high, middle, 15, True, "cpu")
+        return timing_of(middle, middle * (1 - self.spread), middle * (1 + self.spread))
+
+
+def timing_of(latency_ms: float, low_ms: float | None = None, high_ms: float | None = None, **changes: Any) -> Timing:
+    """A stable timing by the CPU clock; its interval is the latency alone where none is given, and all times are the latency."""
+    from deploy.timing import Timing
+
+    low, high = latency_ms if low_ms is None else low_ms, latency_ms if high_ms is None else high_ms
+    values: dict[str, Any] = dict.fromkeys(
+        ("min_ms", "median_ms", "mean_ms", "p95_ms", "wall_min_ms", "wall_median_ms", "wall_mean_ms"), latency_ms
+    )
+    values |= {"samples": 15, "stable": True, "throttled": False, "why": "", "clock": "cpu", "load": 0.0, "steal": 0.0}
+    return Timing(**{"latency_ms": latency_ms, "low_ms": low, "high_ms": high, **values, **changes})
 
 
 def shapes_of(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
@@ -222,6 +240,12 @@ def tiny_bundle(tiny_searched: tuple[Run, Found], tmp_path_factory: pytest.TempP
 def fake_target() -> type[FakeTarget]:
     """The class `FakeTarget`."""
     return FakeTarget
+
+
+@pytest.fixture
+def make_timing() -> Callable[..., Timing]:
+    """The function `timing_of`."""
+    return timing_of
 
 
 @pytest.fixture

@@ -1,22 +1,25 @@
-"""The statistics of a timing, under clocks that the tests turn; no test here waits for a real one."""
+"""The statistics of a timing, under clocks that the tests turn; but for one slow test, none waits for a real one."""
 
 from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import binom
 
 from deploy import timing
-from deploy.timing import LEAST_ROUNDS, median_interval, time_interleaved
+from deploy.timing import CLOCKS, LEAST_ROUNDS, WIDTH, Timing, median_interval, quiet_end, summary, time_interleaved
 
 TRACES = Path(__file__).parents[1] / "golden" / "timing_traces.json"
 
@@ -92,37 +95,71 @@ def test_fewer_than_6_samples_give_their_range() -> None:
     assert median_interval(np.array([3.0, 1.0, 2.0])) == (1.0, 3.0)
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, 6, 15, 29, 100, 999, 5000])
+@pytest.mark.parametrize("share", [0.1, 0.5])
+@pytest.mark.parametrize("level", [0.025, 0.4, 0.95])
+def test_ranks_are_quantiles_of_the_binomial_distribution(count: int, share: float, level: float) -> None:
+    assert timing._rank(count, share, level) == int(binom.ppf(level, count, share))
+
+
+@pytest.mark.parametrize("count", [29, 100, 333, 1000])
+def test_the_quiet_end_lies_above_a_tenth_of_all_calls_with_95_percent_and_no_lower_one_does(count: int) -> None:
+    rank = int(quiet_end(np.random.default_rng(count).permutation(float(count) + np.arange(count)))) - count
+    assert binom.cdf(rank, count, 0.1) >= 0.95 > binom.cdf(rank - 1, count, 0.1)
+
+
+@pytest.mark.parametrize("count", [29, 60])
+def test_the_quiet_end_lies_above_the_tenth_in_95_percent_of_simulations(count: int) -> None:
+    samples = np.random.default_rng(count).exponential(size=(2000, count))
+    assert np.mean([quiet_end(row) >= -math.log(0.9) for row in samples]) >= 0.95
+
+
+# --- rounds ---
+
+
 def test_a_call_that_always_takes_as_long_is_known_after_the_fewest_rounds(clock: FakeTime) -> None:
     calls = [lambda: clock.work(2.5), lambda: clock.work(0.125)]
     slow, quick = time_interleaved(calls)
-    assert (slow.median_ms, slow.low_ms, slow.high_ms, slow.p95_ms) == (2.5, 2.5, 2.5, 2.5)
-    assert quick.median_ms == 0.125
+    assert (slow.latency_ms, slow.median_ms, slow.low_ms, slow.high_ms, slow.p95_ms) == (2.5, 2.5, 2.5, 2.5, 2.5)
+    assert quick.latency_ms == 0.125
     assert slow.samples == quick.samples == LEAST_ROUNDS
-    assert slow.stable and quick.stable
+    assert slow.stable and quick.stable and slow.why == ""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sigma", [0.02, 0.1])
 def test_stopping_when_the_interval_is_narrow_keeps_it_nearly_as_honest(clock: FakeTime, sigma: float) -> None:
-    """Looking after every round costs a little of the 95 %: at most 2 points here."""
+    """Looking after every round costs about two points: 93 % in 600 simulations. Of 60, at least 87 % are to be expected then."""
     held = 0
     for seed in range(60):
         (found,) = time_interleaved([noisy(clock, 2.0, sigma, seed)], most_seconds=1e9)
         held += found.low_ms <= 2.0 <= found.high_ms
-        assert found.stable and found.high_ms - found.low_ms <= 0.04 * found.median_ms
-    assert held / 60 >= 0.93
+        assert found.stable and found.high_ms - found.low_ms <= WIDTH * found.latency_ms
+    assert held / 60 >= 0.87
 
 
 def test_a_call_that_never_settles_ends_at_the_limit_and_is_called_unstable(clock: FakeTime) -> None:
     found = time_interleaved([noisy(clock, 5.0, 1.0, 0), lambda: clock.work(2.0)], most_seconds=1.0)
     assert [each.stable for each in found] == [False, True]
-    assert found[0].high_ms - found[0].low_ms > 0.04 * found[0].median_ms
+    assert found[0].high_ms - found[0].low_ms > WIDTH * found[0].latency_ms
     assert clock.monotonic() < 1.5
+
+
+def test_what_is_settled_leaves_the_rounds(clock: FakeTime) -> None:
+    restless, calm = time_interleaved([noisy(clock, 2.0, 0.2, 1), noisy(clock, 2.0, 0.001, 2)], most_seconds=1.0)
+    assert calm.samples == LEAST_ROUNDS
+    assert restless.samples > 5 * calm.samples
 
 
 def test_the_fewest_rounds_are_run_even_where_they_take_longer_than_the_limit(clock: FakeTime) -> None:
     (found,) = time_interleaved([lambda: clock.work(1000.0)], most_seconds=0.1)
     assert found.samples == LEAST_ROUNDS
+
+
+def test_no_call_has_more_samples_than_the_limit(clock: FakeTime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "MOST_ROUNDS", 40)
+    (found,) = time_interleaved([noisy(clock, 2.0, 1.0, 1)], most_seconds=1e9)
+    assert (found.samples, found.stable) == (40, False)
 
 
 def test_every_round_times_each_call_once_in_an_order_of_its_own(clock: FakeTime) -> None:
@@ -145,21 +182,29 @@ def test_every_round_times_each_call_once_in_an_order_of_its_own(clock: FakeTime
     assert len(set(rounds)) > LEAST_ROUNDS // 2
 
 
-def test_a_short_call_is_repeated_until_a_sample_is_long_enough_to_read(clock: FakeTime) -> None:
+@pytest.mark.parametrize("by, runs", [("cpu", 1), ("wall", 3)])
+def test_a_short_call_is_repeated_until_a_sample_is_long_enough_to_read(clock: FakeTime, by: str, runs: int) -> None:
     counts: Counter[str] = Counter()
 
     def call() -> None:
         counts["calls"] += 1
         clock.work(0.02)
 
-    (found,) = time_interleaved([call])
-    assert found.median_ms == pytest.approx(0.02)
-    assert counts["calls"] == timing.WARM_UPS + 1 + LEAST_ROUNDS * (1 + 50)
+    (found,) = time_interleaved([call], clock=by)
+    assert found.latency_ms == pytest.approx(0.02)
+    assert counts["calls"] == timing.WARM_UPS + 1 + found.samples * (1 + 50 * runs)
 
 
 def test_a_call_that_takes_no_time_at_all_ends(clock: FakeTime) -> None:
     (found,) = time_interleaved([lambda: None])
-    assert found.median_ms == 0.0
+    assert found.latency_ms == 0.0
+
+
+def test_no_call_at_all_is_no_error() -> None:
+    assert time_interleaved([]) == []
+
+
+# --- what is told of them ---
 
 
 def test_the_cpu_clock_does_not_see_others_and_the_wall_clock_does(clock: FakeTime) -> None:
@@ -167,8 +212,28 @@ def test_the_cpu_clock_does_not_see_others_and_the_wall_clock_does(clock: FakeTi
         clock.work(2.0, waiting_ms=3.0)
 
     (by_cpu,), (by_wall,) = time_interleaved([call], clock="cpu"), time_interleaved([call], clock="wall")
-    assert (by_cpu.median_ms, by_cpu.wall_median_ms, by_cpu.clock) == (2.0, 5.0, "cpu")
-    assert (by_wall.median_ms, by_wall.wall_median_ms, by_wall.clock) == (5.0, 5.0, "wall")
+    assert (by_cpu.latency_ms, by_cpu.wall_median_ms, by_cpu.clock) == (2.0, 5.0, "cpu")
+    assert (by_wall.latency_ms, by_wall.wall_median_ms, by_wall.clock) == (5.0, 5.0, "wall")
+
+
+def test_by_the_wall_clock_the_latency_is_the_least_time_if_a_tenth_of_the_samples_are_as_quick(clock: FakeTime) -> None:
+    rng = np.random.default_rng(3)
+
+    def call() -> None:  # two of five calls are disturbed, by up to twice their time
+        clock.work(4.0 * (1 + 0.004 * rng.random()), waiting_ms=4.0 * rng.random() * (rng.random() < 0.4))
+
+    (found,) = time_interleaved([call], clock="wall")
+    assert found.stable
+    assert found.latency_ms == found.low_ms == found.min_ms == pytest.approx(4.0, rel=0.005)
+    assert found.high_ms <= (1 + WIDTH) * found.latency_ms
+
+
+def test_one_lucky_sample_is_not_called_stable() -> None:
+    taken = np.full((200, 2), 10.0) + np.random.default_rng(0).random((200, 1))
+    taken[17] = 5.0
+    found = summary(taken, "wall")
+    assert (found.latency_ms, found.stable) == (5.0, False)
+    assert found.high_ms > 10
 
 
 def test_a_drift_of_the_machine_touches_all_calls_alike(clock: FakeTime) -> None:
@@ -179,32 +244,59 @@ def test_a_drift_of_the_machine_touches_all_calls_alike(clock: FakeTime) -> None
     assert other.median_ms / one.median_ms == pytest.approx(1.5, rel=0.05)
 
 
-def test_no_call_at_all_is_no_error() -> None:
-    assert time_interleaved([]) == []
+@pytest.mark.parametrize(
+    "wall, load, steal, why",
+    [
+        (1.0, 0.0, 0.0, "the times vary"),
+        (1.0, 1e4, 0.0, "the host is busy (load 10000.0"),
+        (1.0, 0.0, 0.2, "20 % of the time stolen"),
+        (40.0, 0.0, 0.0, "the machine is throttled"),
+    ],
+)
+def test_a_result_that_is_not_stable_says_why(wall: float, load: float, steal: float, why: str) -> None:
+    cpu = 10 + 4 * np.random.default_rng(0).random(100)
+    times = np.stack([cpu, np.where(np.arange(100) % 10 == 0, wall * cpu, cpu)], axis=1)
+    found = summary(times, "cpu", load=load, steal=steal)
+    assert not found.stable and found.throttled == (wall > 1)
+    assert why in found.why and "3 % is asked for" in found.why and "\n" not in found.why
+    assert summary(times, "cpu", width=1.0, load=load, steal=steal).why == ""
+
+
+def test_the_width_that_is_asked_for_decides(clock: FakeTime) -> None:
+    (found,) = time_interleaved([noisy(clock, 2.0, 0.05, 0)], width=0.2)
+    assert found.stable and found.samples == LEAST_ROUNDS
+    assert found.high_ms - found.low_ms > WIDTH * found.latency_ms
 
 
 # --- recorded on a machine, idle and disturbed ---
 
 
-def traces() -> dict[str, dict[str, NDArray[np.float64]]]:
+def traces() -> dict[str, NDArray[np.float64]]:
+    """CPU and wall times in ms, shape (samples, 2)."""
     recorded = json.loads(TRACES.read_text())
     return {
-        name: {clock: np.array(recorded[name][clock]) / 1e6 for clock in ("cpu_ns", "wall_ns")}
+        name: np.stack([np.array(recorded[name][kind]) / 1e6 for kind in ("cpu_ns", "wall_ns")], axis=1)
         for name in ("idle", "disturbed")
     }
 
 
 def test_cpu_time_agrees_between_the_idle_and_the_disturbed_machine_where_the_wall_clock_does_not() -> None:
-    recorded = traces()
-    idle, disturbed = recorded["idle"], recorded["disturbed"]
-    assert np.median(disturbed["cpu_ns"]) == pytest.approx(np.median(idle["cpu_ns"]), rel=0.02)
-    assert disturbed["wall_ns"].mean() > 2 * idle["wall_ns"].mean()
+    idle, disturbed = traces()["idle"], traces()["disturbed"]
+    assert np.median(disturbed[:, 0]) == pytest.approx(np.median(idle[:, 0]), rel=0.02)
+    assert disturbed[:, 1].mean() > 2 * idle[:, 1].mean()
+    assert summary(disturbed, "cpu").throttled and not summary(idle, "cpu").throttled
+
+
+def test_the_least_wall_time_agrees_between_the_idle_and_the_disturbed_machine() -> None:
+    idle, disturbed = (summary(traces()[name], "wall") for name in ("idle", "disturbed"))
+    assert disturbed.latency_ms == pytest.approx(idle.latency_ms, rel=WIDTH)
+    assert idle.stable
 
 
 @pytest.mark.parametrize("state", ["idle", "disturbed"])
-@pytest.mark.parametrize("kind", ["cpu_ns", "wall_ns"])
+@pytest.mark.parametrize("kind", CLOCKS)
 def test_the_interval_of_a_few_samples_holds_the_median_of_the_whole_trace(state: str, kind: str) -> None:
-    trace, rng = traces()[state][kind], np.random.default_rng(1)
+    trace, rng = traces()[state][:, CLOCKS.index(kind)], np.random.default_rng(1)
     below, above = np.sort(trace)[[len(trace) // 2 - 1, len(trace) // 2]]  # all between them is a median of the trace
     ends = np.array([median_interval(rng.choice(trace, 20)) for _ in range(4000)])
     assert np.mean((ends[:, 0] <= above) & (below <= ends[:, 1])) >= 0.95
@@ -213,7 +305,7 @@ def test_the_interval_of_a_few_samples_holds_the_median_of_the_whole_trace(state
 @pytest.mark.parametrize("state", ["idle", "disturbed"])
 def test_a_replayed_trace_is_timed_as_it_was_recorded(clock: FakeTime, state: str) -> None:
     recorded = traces()[state]
-    spans = iter(np.tile(np.stack([recorded["cpu_ns"], recorded["wall_ns"]], axis=1), (20, 1)).tolist())
+    spans = iter(np.tile(recorded, (20, 1)).tolist())
 
     def call() -> None:
         cpu, wall = next(spans)
@@ -221,4 +313,83 @@ def test_a_replayed_trace_is_timed_as_it_was_recorded(clock: FakeTime, state: st
 
     (found,) = time_interleaved([call])
     assert found.stable
-    assert found.median_ms == pytest.approx(np.median(recorded["cpu_ns"]), rel=0.02)
+    assert found.latency_ms == pytest.approx(np.median(recorded[:, 0]), rel=0.02)
+
+
+BURNER = "while True: pass"
+
+
+@pytest.mark.slow
+def test_on_a_real_clock_a_burnt_machine_gives_the_same_cpu_time_or_says_that_it_is_not_stable() -> None:
+    rng = np.random.default_rng(0)
+    left, right = rng.random((160, 160)), rng.random((160, 160))
+
+    def work() -> None:
+        for _ in range(20):
+            np.sqrt(left, out=right)
+
+    (quiet,) = time_interleaved([work], most_seconds=3.0)
+    burners = [subprocess.Popen([sys.executable, "-c", BURNER]) for _ in range(4)]
+    try:
+        (burnt,) = time_interleaved([work], most_seconds=3.0)
+    finally:
+        for burner in burners:
+            burner.kill()
+            burner.wait()
+    slack = 2 * WIDTH * quiet.latency_ms  # the caches are shared, and so is the clock of the cores
+    agree = burnt.low_ms - slack <= quiet.high_ms and quiet.low_ms <= burnt.high_ms + slack
+    assert agree or not (quiet.stable and burnt.stable), (quiet, burnt)
+
+
+# --- reading ---
+
+
+def test_a_timing_goes_through_json_unchanged(make_timing: Callable[..., Timing]) -> None:
+    given_timing = make_timing(2.0, 1.9, 2.1, clock="wall", why="the times vary", stable=False)
+    assert Timing.from_dict(json.loads(json.dumps(given_timing.as_dict()))) == given_timing
+
+
+ODD: list[tuple[str, Any]] = [
+    *((name, value) for name in ("latency_ms", "mean_ms", "load") for value in (math.nan, math.inf, -1.0, None, "2", True, 10**400)),
+    ("latency_ms", 0), ("latency_ms", 3.0), ("low_ms", 0.0), ("low_ms", 2.5), ("high_ms", 1.0), ("min_ms", 2.5), ("wall_min_ms", 9.0),
+    ("samples", 15.0), ("samples", 0), ("samples", -3), ("samples", True), ("stable", 1), ("stable", None), ("throttled", "no"),
+    ("clock", "sun"), ("clock", None), ("clock", ["cpu"]), ("why", None), ("why", 7), ("why", "two\nlines"), ("why", "\x1b[2J"),
+    ("why", "a" * 1001), ("other", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, value", ODD)
+def test_a_timing_that_no_clock_shows_is_refused(make_timing: Callable[..., Timing], name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match="a timing"):
+        Timing.from_dict({**make_timing(2.0, 1.9, 2.1).as_dict(), name: value})
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+NAMES = list(Timing.__dataclass_fields__)
+
+
+@settings(max_examples=40)
+@given(JSON)
+def test_what_is_no_timing_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="a timing has"):
+        Timing.from_dict(value)
+
+
+@given(st.sampled_from(NAMES), JSON, st.booleans())
+def test_a_timing_with_one_value_changed_is_refused_or_true(name: str, value: Any, drop: bool) -> None:
+    whole: dict[str, Any] = dict.fromkeys(NAMES, 2.0)
+    whole |= {"samples": 15, "stable": True, "throttled": False, "why": "", "clock": "cpu", "load": 0.0, "steal": 0.0}
+    changed = {each: value if each == name else whole[each] for each in NAMES if not (drop and each == name)}
+    try:
+        found = Timing.from_dict(changed)
+    except ValueError as error:
+        assert "\n" not in str(error) and len(str(error)) < 500
+    else:
+        assert not drop and 0 < found.low_ms <= found.latency_ms <= found.high_ms < math.inf
+        assert all(
+            0 <= getattr(found, each) < math.inf for each in NAMES if each not in ("stable", "throttled", "why", "clock")
+        )

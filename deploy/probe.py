@@ -15,18 +15,19 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from deploy.export import INPUT, OPSET, OUTPUT
+from deploy.int8 import quantised
 from supernet.arch import Arch
 from supernet.operations import Constant, Operation, Operations
 from supernet.space import Space
 
 
-def probe(space: Space, arch: Arch) -> bytes:
+def probe(space: Space, arch: Arch, precision: str = "fp32") -> bytes:
     """An ONNX file that takes as long as the exported child `arch` would."""
-    return graph_of(spec.operations() for spec in space.plan(arch).values())
+    return graph_of((spec.operations() for spec in space.plan(arch).values()), precision)
 
 
-def graph_of(blocks: Iterable[Operations]) -> bytes:
-    """An ONNX file of a chain of blocks, with random weights."""
+def graph_of(blocks: Iterable[Operations], precision: str = "fp32") -> bytes:
+    """An ONNX file of a chain of blocks, with weights of no meaning. `precision` is fp32 or int8 (`deploy/int8.py`)."""
     graph = _Graph()
     current = INPUT
     chain = list(blocks)
@@ -50,14 +51,18 @@ def graph_of(blocks: Iterable[Operations]) -> bytes:
         ),
         opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10, producer_name="nestling",
     )  # fmt: skip
-    return bytes(model.SerializeToString())
+    return bytes((quantised(model) if precision == "int8" else model).SerializeToString())
+
+
+PATTERN = 1_021
+"""Weights are this many random numbers over and over (a prime: no channel repeats another): what goes to a device packs well."""
 
 
 class _Graph:
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[onnx.TensorProto] = []
-        self.rng = np.random.default_rng(0)
+        self._pattern = np.random.default_rng(0).standard_normal(PATTERN)
 
     def add(self, operation: Operation, inputs: list[str], prefix: str) -> str:
         output = f"{prefix}_{operation.output.index}"
@@ -75,4 +80,4 @@ class _Graph:
         if constant.integers is not None:
             return np.array(constant.integers, np.int64)
         fan_in = math.prod(constant.shape[1:])  # keeps the numbers of a deep chain within range
-        return (self.rng.standard_normal(constant.shape) / math.sqrt(fan_in)).astype(np.float32)
+        return np.resize(self._pattern / math.sqrt(fan_in), constant.shape).astype(np.float32)

@@ -7,7 +7,7 @@ second formula). The cost of a million archs is then a gather and a sum over int
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from supernet.arch import Arch
 from supernet.family import BlockSpec, Codes, Slot, block_cost, variants
-from supernet.operations import BlockCost
 from supernet.space import Space
 
 METRICS = ("macs", "params", "peak_memory_bytes", "model_size_bytes")
@@ -44,7 +43,7 @@ class Costs:
         self.space = space
         self.feature_names = tuple(sorted({name for spec in set(_covering(space)) for name, _ in block_cost(spec).features}))
         self._joins = {name: np.maximum if name == "peak_memory_bytes" else np.add for name in METRICS}
-        counted = _tables(space, [(attrgetter(name), join) for name, join in self._joins.items()])
+        counted = _tables(space, [(_counted(name), join) for name, join in self._joins.items()])
         self._counted = dict(zip(METRICS, counted, strict=True))
         self._features: list[list[_Table | _Sparse]] | None = None
 
@@ -70,18 +69,19 @@ class Costs:
             self._features = _tables(self.space, [(_feature(name), np.add) for name in self.feature_names])
         return np.stack([_gather(tables, codes, np.add) for tables in self._features], axis=1).astype(np.float64)
 
-    def weighted(self, weights: Mapping[str, float]) -> Callable[[Codes], NDArray[np.float64]]:
-        """A function of codes that gives the sum of `features`, each times its weight, shape (archs,): one gather in place of many."""
-
-        def value(cost: BlockCost) -> float:
-            return sum(weights.get(name, 0.0) * number for name, number in cost.features)
-
+    def summed(self, value: Callable[[BlockSpec], float]) -> Callable[[Codes], NDArray[np.float64]]:
+        """A function of codes that gives the sum of a value of every block, shape (archs,): one gather, whatever the value is."""
         (tables,) = _tables(self.space, [(value, np.add)], np.float64)
         return lambda codes: _gather(tables, codes, np.add, np.float64)
 
 
-def _feature(name: str) -> Callable[[BlockCost], float]:
-    return lambda cost: dict(cost.features).get(name, 0)
+def _counted(name: str) -> Callable[[BlockSpec], float]:
+    read = attrgetter(name)
+    return lambda spec: read(block_cost(spec))
+
+
+def _feature(name: str) -> Callable[[BlockSpec], float]:
+    return lambda spec: dict(block_cost(spec).features).get(name, 0)
 
 
 def _covering(space: Space) -> Iterator[BlockSpec]:
@@ -91,8 +91,8 @@ def _covering(space: Space) -> Iterator[BlockSpec]:
                 yield space.family.block(slot, choices)
 
 
-Metric = tuple[Callable[[BlockCost], float], np.ufunc]
-"""What is read off a block's cost, and how it is joined over blocks."""
+Metric = tuple[Callable[[BlockSpec], float], np.ufunc]
+"""What a block has of it, and how that is joined over blocks."""
 
 
 def _tables(space: Space, metrics: Sequence[Metric], dtype: type[np.number[Any]] = np.int64) -> list[list[_Table | _Sparse]]:
@@ -114,7 +114,7 @@ def _tables(space: Space, metrics: Sequence[Metric], dtype: type[np.number[Any]]
             for codes, spec in variants(slot, space.by_name, space.family):
                 if spec is not None:
                     for position, (value, join) in enumerate(metrics):
-                        values[position, *codes] = join(values[position, *codes], value(block_cost(spec)))
+                        values[position, *codes] = join(values[position, *codes], value(spec))
         for position, table in enumerate(values):
             found[position].append(_Table(columns, table))
     return found
@@ -149,7 +149,7 @@ class _Counted:
         if codes not in self.known:
             dimensions = [self.space.dimensions[column] for column in self.columns]
             choices = {dimension.name: dimension.choices[code] for dimension, code in zip(dimensions, codes, strict=True)}
-            blocks = [block_cost(self.space.family.block(slot, choices)) for slot in self.slots if slot.stands(choices)]
+            blocks = [self.space.family.block(slot, choices) for slot in self.slots if slot.stands(choices)]
             self.known[codes] = tuple(
                 join.reduce([value(block) for block in blocks]).item() if blocks else 0 for value, join in self.metrics
             )

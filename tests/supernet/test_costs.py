@@ -89,11 +89,11 @@ def test_integers_and_single_numbers_of_an_operator_are_no_weights() -> None:
 @pytest.mark.parametrize(
     "costs", [c for c in SHIPPED if c.space.name in {"digits", "cell", "cifar-vit"}], ids=lambda costs: costs.space.name
 )
-def test_a_weighted_sum_of_the_features_is_what_the_features_give(costs: Costs) -> None:
+def test_a_sum_of_a_value_of_every_block_is_what_the_features_give(costs: Costs) -> None:
     rng = np.random.default_rng(3)
     weights = dict(zip(costs.feature_names, rng.random(len(costs.feature_names)), strict=True))
     codes = costs.space.sample_codes(20, rng)
-    found = costs.weighted(weights)(codes)
+    found = costs.summed(lambda spec: sum(weights[name] * value for name, value in block_cost(spec).features))(codes)
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, costs.features(codes) @ list(weights.values()), rtol=1e-12)
 

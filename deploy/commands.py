@@ -1,4 +1,4 @@
-"""Commands of this package: export, verify, predict. Heavy imports wait until a command runs."""
+"""Commands of this package: export, verify, predict, measure, profile. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from deploy.profile import profile
 
 if TYPE_CHECKING:
     from deploy.bundle import Bundle
@@ -25,6 +27,8 @@ def register(app: typer.Typer) -> None:
     app.command(epilog="Example: nestling export runs/digits --out my-model")(export)
     app.command(epilog="Example: nestling verify my-model --run runs/digits")(verify)
     app.command(epilog="Example: nestling predict my-model photo.jpg other.png --top 3")(predict)
+    app.command(epilog="Example: nestling measure my-model --target local:4")(measure)
+    app.command(epilog="Example: nestling profile runs/digits --target ssh://pi@192.0.2.7?threads=4")(profile)
 
 
 def export(
@@ -128,6 +132,47 @@ def predict(
         predicting.report(predictor, [str(image) for image in images], top, as_json, out)
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def measure(
+    bundle: Annotated[Path | None, typer.Argument(metavar="BUNDLE", help="A folder that `nestling export` wrote.")] = None,
+    target: Annotated[str | None, typer.Option("--target", help="Where: local, local:THREADS, local?runtime=openvino.")] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images at once for the throughput; latency is at batch 1.")] = 8,
+    out: Annotated[Path | None, typer.Option("--out", help="The card, X.json; into the bundle if left out.")] = None,
+    most_seconds: Annotated[float | None, typer.Option("--most-seconds", help="For the latency, at most; 20 if left out.")] = None,
+    check: Annotated[Path | None, typer.Option("--verify", help="A card: measure again, and say whether it is as fast.")] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Measure a bundle on a device: latency, memory, loading, throughput. Writes a card, which --verify measures again.
+
+    With --verify it ends with 1 where the file is another or the latency differs by more than noise.
+    """
+    from deploy.bundle import Bundle
+    from deploy.measure import measured
+    from deploy.measurement import Measurement
+    from deploy.remeasure import bundle_of, measure_again
+    from supernet.console import print_json
+    from supernet.errors import InputError
+
+    if check is not None:
+        again = measure_again(
+            Measurement.open(check), Bundle.open(bundle) if bundle else bundle_of(check), target, most_seconds
+        )
+        if as_json:
+            print_json([each.as_dict() for each in again])
+        else:
+            print("\n".join(line for each in again for line in each.sentences()))
+        if not all(each.holds for each in again):
+            raise typer.Exit(1)
+        return
+    if bundle is None:
+        raise InputError("nestling measure takes the BUNDLE that is to be measured, or --verify with a card, but got neither")
+    card, path = measured(Bundle.open(bundle), target or "local", batch, most_seconds, out)
+    if as_json:
+        print_json({"card": str(path), **card.as_dict()})
+        return
+    print("\n".join(card.sentences()))
+    print(f"card: {path} and {path.with_suffix('.md').name}; again: nestling measure --verify {path}")
 
 
 def best_of(run: Run) -> tuple[Arch, list[Mapping[str, Any]]]:

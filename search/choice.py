@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from deploy.kit import Kit
+from deploy.latency import GATE
 from search import pareto
 from search.budget import Budget
 from search.engine import Engine, Event
@@ -63,6 +65,7 @@ class Choice:
             self._against_smallest(best, ends[0])
         self._against_random(best)
         self._remark_failed()
+        self._remark_latency()
         self._remark_front(answers)
         self._remark_resolutions()
         front = pareto.front([self.scores[arch] for arch in self.archs], [[self.cost[arch]] for arch in self.archs])
@@ -95,31 +98,43 @@ class Choice:
     def _accepted(self, want: Wanted, budgets: Sequence[Budget]) -> list[Arch]:
         """Finalists that meet the budgets when measured: the best first, in rounds, until some do.
 
-        Children of equal score are ordered by cost. The smallest child is the last resort.
+        Children of equal score are ordered by cost. What is measured corrects the latency models for the next round. The smallest
+        child is the last resort.
         """
-        inside = self.feasible.zones(self.space.encode(self.archs), [want.budgets])[:, 0]
-        admitted = self.feasible.mask(self.space.encode(self.archs)) & inside
-        ranked = sorted((arch for arch, meets_ in zip(self.archs, admitted, strict=True) if meets_),
-                        key=lambda arch: (-self.scores[arch], self.cost[arch]))  # fmt: skip
-        if self.space.smallest not in ranked and self.space.smallest in self.scores:
-            ranked.append(self.space.smallest)
-        count = self.settings.finalists
-        for start in range(0, ROUNDS_OF_FINALISTS * count, count):
-            last = start + count >= ROUNDS_OF_FINALISTS * count
-            group = list(
-                dict.fromkeys(
-                    [*ranked[start : start + count], *([self.space.smallest] if last and self.space.smallest in ranked else [])]
-                )
-            )
+        tried: set[Arch] = set()
+        for last in [*[False] * (ROUNDS_OF_FINALISTS - 1), True]:
+            smallest = [self.space.smallest] if last and self.space.smallest in self.scores else []
+            group = list(dict.fromkeys([*self._ranked(want, tried)[: self.settings.finalists], *smallest]))
             self.engine.progress(Event("measuring finalists", self.engine.total, self.engine.total))
             self.measured |= self.bench.measure(group)
+            tried |= set(group)
             accepted = [arch for arch in group if meets(budgets, self.known.rows[arch].costs, self.measured[arch.key])]
-            if accepted or not group:
+            if accepted or (last and not group):
                 return self._or_refuse(want, budgets, accepted)
-            self.notes.append(
-                f"{len(group)} finalists missed the budget when measured{'' if last else '; the next were tried'}"
-            )
+            if group:
+                self.notes.append(
+                    f"{len(group)} finalists missed the budget when measured{'' if last else '; the next were tried'}"
+                )
+            self._correct()
         return self._or_refuse(want, budgets, [])
+
+    def _ranked(self, want: Wanted, tried: set[Arch]) -> list[Arch]:
+        """Children within the budgets as far as that is foretold, that were not tried yet; the best first."""
+        codes = self.space.encode(self.archs)
+        admitted = self.feasible.mask(codes) & self.feasible.zones(codes, [want.budgets])[:, 0]
+        inside = [arch for arch, meets_ in zip(self.archs, admitted, strict=True) if meets_ and arch not in tried]
+        return sorted(inside, key=lambda arch: (-self.scores[arch], self.cost[arch]))
+
+    def _correct(self) -> None:
+        """Move the latency models to what was measured."""
+        models = {
+            name: model.corrected(self.space, {
+                arch: (each.latency_ms, each.low, each.high)
+                for arch in self.archs if (each := self.measured.get(arch.key, {}).get(name)) is not None
+            })
+            for name, model in self.bench.models.items()
+        }  # fmt: skip
+        self.feasible = replace(self.feasible, latency=models)
 
     def _or_refuse(self, want: Wanted, budgets: Sequence[Budget], accepted: list[Arch]) -> list[Arch]:
         """A search without its best child is an error; without one of the others, a remark."""
@@ -179,6 +194,16 @@ class Choice:
             some = ", ".join(f"{key} ({why})" for key, why in list(failed.items())[:3])
             more = f", and {len(failed) - 3} more" if len(failed) > 3 else ""
             self.notes.append(f"could not be evaluated and were left out: {some}{more}")
+
+    def _remark_latency(self) -> None:
+        for name, model in self.bench.models.items():
+            target = self.bench.targets[name]
+            how = "" if model.trusted else f"; above {GATE:.0%}, so candidates were measured before they were evaluated"
+            self.notes.append(f"{target.name}: {model.summary()}{how}")
+            if isinstance(target, Kit):
+                self.notes.append(
+                    f"latencies on {target.name} are predictions: export the child, then `nestling measure BUNDLE` there"
+                )
 
     def _remark_front(self, answers: Sequence[Answer]) -> None:
         parts = [answer.child.key for answer in answers if answer.name.startswith("front ")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -49,7 +49,15 @@ SearchSet = Annotated[
 Targets = Annotated[
     list[str] | None,
     typer.Option(
-        "--target", help="NAME=local or NAME=local:THREADS: a target that budgets name, latency_ms@NAME<=8. Repeatable."
+        "--target",
+        help="NAME=local:4, NAME=ssh://user@host?threads=4, ...: a target that budgets name, latency_ms@NAME<=8; or a targets.yaml. "
+        "Repeatable.",
+    ),
+]
+LatencyFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--latency", help="NAME=FILE, or FILE for the budgets that name none: a latency model that `nestling profile` wrote."
     ),
 ]
 Workers = Annotated[str | None, typer.Option("--workers", help="ray, ray:ACTORS or ray://HOST:PORT: who evaluates children.")]
@@ -134,10 +142,10 @@ def _arch(run: Run, text: str) -> Arch:
 
 def search(
     run: RunPath, budget: BudgetTexts = None, child: ChildTexts = None, front: Front = 0, threads: Threads = 1, target: Targets = None,
-    search_config: SearchName = "default", set_: SearchSet = None, workers: Workers = None, device: Device = "auto",
-    as_json: Json = False,
+    latency: LatencyFiles = None, search_config: SearchName = "default", set_: SearchSet = None, workers: Workers = None,
+    device: Device = "auto", as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Find the best child that meets every budget, by measurement on this machine. Without a budget, the best child."""
+    """Find the best child that meets every budget, by measurement on the targets. Without a budget, the best child."""
     from search.loop import Asked
     from search.report.tables import objective_of
     from search.settings import load_search_config
@@ -147,7 +155,8 @@ def search(
     from supernet.run import Run
 
     settings = load_search_config(search_config, parse_overrides(set_ or []))
-    asked = Asked(tuple(budget or ()), tuple(child or ()), front, settings, targets_of(target or (), threads))
+    asked = Asked(tuple(budget or ()), tuple(child or ()), front, settings, targets_of(target or (), threads),
+                  latency=latency_files(latency or ()))  # fmt: skip
     display, opened = Display(), Run.open(run)
     found = search_shown(opened, asked, devices.choose(device), display, workers)
     if found is None:  # a process that only helped
@@ -209,22 +218,34 @@ def evaluating(run: Run, settings: SearchConfig, device: str, workers: str | Non
             yield together
 
 
-def targets_of(texts: list[str] | tuple[str, ...], threads: int) -> Mapping[str | None, Target]:
-    """The targets of `--target NAME=local:THREADS`, and this machine at `threads` threads without a name. Raises `InputError`."""
-    from deploy.targets import Local
+def targets_of(texts: Sequence[str], threads: int) -> Mapping[str | None, Target]:
+    """The targets of `--target`: NAME=TARGET, or a YAML file of several; this machine at `threads` threads without a name."""
+    from deploy.places import parse_targets, read_targets
     from supernet.errors import InputError
 
-    found: dict[str | None, Target] = {None: Local(threads)}
+    files = [text for text in texts if text.endswith((".yaml", ".yml")) and "=" not in text]
+    found: dict[str | None, Target] = dict(parse_targets([text for text in texts if text not in files], threads=threads))
+    for file in files:
+        for name, target in read_targets(Path(file)).items():
+            if name in found:
+                raise InputError(f"every target has a name of its own, but {name!r} of {file} was given before: rename one")
+            found[name] = target
+    return found
+
+
+def latency_files(texts: Sequence[str]) -> Mapping[str | None, Path]:
+    """Files of latency models by the targets' names; one without a name is that of budgets that name none. Raises `InputError`."""
+    from supernet.errors import InputError
+
+    found: dict[str | None, Path] = {}
     for text in texts:
-        name, _, kind = text.partition("=")
-        place, _, number = kind.partition(":")
-        if not name or place != "local" or (":" in kind and not (number.isdigit() and 1 <= int(number) <= 1024)):
+        name, equals, file = text.rpartition("=")
+        key = name if equals else None
+        if not file or key == "" or key in found:
             raise InputError(
-                f"a target is written NAME=local or NAME=local:THREADS, for example laptop=local:4, but got {text[:100]!r}"
+                f"a latency model is given as NAME=FILE, one for each target, or FILE alone, but got {text[:200]!r}"
             )
-        if name in found:
-            raise InputError(f"every target has a name of its own, but {name[:100]!r} was given twice: rename one")
-        found[name] = Local(int(number or 1))
+        found[key] = Path(file)
     return found
 
 

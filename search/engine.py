@@ -66,6 +66,8 @@ class Engine:
     progress: Callable[[Event], None]
     view: dict[Arch, int] = field(default_factory=dict)
     """Arch -> the rung that this search has seen it on, in the order in which strategies were told."""
+    refused: Callable[[Sequence[Arch]], Mapping[Arch, str]] = lambda _: {}
+    """Which archs are not to be evaluated after all, and why: asked before every race."""
     notes: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     """Key of a child that could not be evaluated -> why, as far as that is known."""
@@ -177,7 +179,11 @@ class Engine:
     def _raced(self, proposals: Sequence[Proposal], protected: Sequence[Arch] = ()) -> list[Result]:
         """Let children race in the zones that they belong to, against the best known there."""
         stages = {proposal.arch: proposal.stage for proposal in proposals}
-        archs = list(stages)
+        refused = self.refused([arch for arch in stages if arch not in protected])
+        archs = [arch for arch in stages if arch not in refused]
+        self.failed |= {arch.key: why for arch, why in refused.items()}
+        if not archs:
+            return [Result(arch, None, 0) for arch in stages]
         best = [self.leader(zone) for zone in range(len(self.zones))]
 
         def advance(some: list[Arch], rung: int) -> dict[Arch, NDArray[Any]]:
@@ -199,7 +205,7 @@ class Engine:
             Result(arch, self.score(arch), images[raced[arch].rung], raced[arch].decided)
             if arch in raced
             else Result(arch, None, 0)
-            for arch in archs
+            for arch in stages
         ]
 
     def _references(self, archs: Sequence[Arch]) -> list[Callable[[int], NDArray[Any]]]:

@@ -62,7 +62,7 @@ class Feasible:
 
     def upper_factor(self, cost: Cost | Budget) -> float:
         """Most archs cost at most this times what the table says; 1 where the cost is exact."""
-        return self._model(cost).upper_factor if cost.metric in MEASURED else 1.0
+        return self._ends(cost)[1] if cost.metric in MEASURED else 1.0
 
     def table(self, codes: Codes) -> dict[str, Floats]:
         """Every cost of the archs, each of shape (archs,); latencies in ms are predicted, as `latency_ms` or `latency_ms@TARGET`."""
@@ -92,7 +92,7 @@ class Feasible:
 
     def outside(self, codes: Codes) -> Floats:
         """How far archs are outside of the budgets (`search.reach.excess`), shape (archs,); infinitely where they are no networks."""
-        values = self._quick(codes, self.budgets)
+        values = self._values(codes, self.budgets)
         far = excess((budget, values[budget.column] * self._factor(budget)) for budget in self.budgets)
         return np.where(self.space.valid(codes), far, np.inf)
 
@@ -133,9 +133,9 @@ class Feasible:
         low, high = np.zeros(many), np.full(many, 2.0)
         uppers, lowers = ([b for b in self.budgets if b.lower == lower] for lower in (False, True))
         if uppers:
-            high = ways.edge(lambda codes: self._meet(self._quick(codes, uppers), uppers, many), 0.0, 2.0)
+            high = ways.edge(lambda codes: self._meet(self._values(codes, uppers), uppers, many), 0.0, 2.0)
         if lowers:
-            low = ways.edge(lambda codes: self._meet(self._quick(codes, lowers), lowers, many), 2.0, 0.0)
+            low = ways.edge(lambda codes: self._meet(self._values(codes, lowers), lowers, many), 2.0, 0.0)
         return ways.at(low + (high - low) * rng.permutation((np.arange(many) + rng.random(many)) / max(1, many)))
 
     def _model(self, cost: Cost | Budget) -> LatencyModel:
@@ -150,7 +150,12 @@ class Feasible:
         """What makes the worse end of a prediction."""
         if budget.metric not in MEASURED:
             return 1.0
-        return self._model(budget).lower_factor if budget.lower else self._model(budget).upper_factor
+        return self._ends(budget)[0 if budget.lower else 1]
+
+    def _ends(self, cost: Cost | Budget) -> tuple[float, float]:
+        """Of what is predicted, the ends of its interval; nothing is added where each candidate is measured (`search.direct`)."""
+        model = self._model(cost)
+        return (model.lower_factor, model.upper_factor) if model.trusted else (1.0, 1.0)
 
     def _meet(self, values: Mapping[str, Floats], budgets: Iterable[Budget], many: int) -> Bools:
         meets = np.ones(many, dtype=np.bool_)
@@ -161,32 +166,17 @@ class Feasible:
 
     def _values(self, codes: Codes, costs: Iterable[Cost | Budget]) -> dict[str, Floats]:
         """Columns of the table."""
-        wanted = {cost.column: cost for cost in costs}
-        features = self.costs.features(codes) if any(cost.metric in MEASURED for cost in wanted.values()) else None
         return {
-            column: self.costs.of(cost.metric, codes).astype(np.float64)
-            if cost.metric not in MEASURED or features is None
-            else self._model(cost).predict(features)
-            for column, cost in wanted.items()
-        }
-
-    def _quick(self, codes: Codes, costs: Iterable[Cost | Budget]) -> dict[str, Floats]:
-        """`_values` but for the last digits of latencies, in a tenth of the time."""
-        wanted = {cost.column: cost for cost in costs}
-        return {
-            column: self._latency(cost)(codes)
+            cost.column: self._latency(cost)(codes)
             if cost.metric in MEASURED
             else self.costs.of(cost.metric, codes).astype(np.float64)
-            for column, cost in wanted.items()
+            for cost in {cost.column: cost for cost in costs}.values()
         }
 
     def _latency(self, cost: Cost | Budget) -> Callable[[Codes], Floats]:
-        model = self._model(cost)
-        if cost.target not in self._sums:
-            first, *others = model.coefficients
-            summed = self.costs.weighted(dict(zip(model.feature_names, others, strict=True)))
-            self._sums[cost.target] = lambda codes: first + summed(codes)
-        return self._sums[cost.target]
+        if cost.target not in self._predictions:
+            self._predictions[cost.target] = self._model(cost).on(self.costs)
+        return self._predictions[cost.target]
 
     @cached_property
     def _all(self) -> Codes | None:
@@ -199,7 +189,7 @@ class Feasible:
         return found.codes
 
     @cached_property
-    def _sums(self) -> dict[str | None, Callable[[Codes], Floats]]:
+    def _predictions(self) -> dict[str | None, Callable[[Codes], Floats]]:
         return {}
 
 

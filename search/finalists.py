@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploy.export import to_onnx
+from deploy.kit import Kit
+from deploy.latency import LatencyModel
 from deploy.targets import Latency, Model, Target
 from search.budget import Budget
 from search.objective import Objective, objective_named
@@ -35,6 +37,8 @@ class Bench:
     store: Store
     targets: Mapping[str | None, Target]
     objective: Objective
+    models: Mapping[str | None, LatencyModel]
+    """What is known of the targets that nothing here reaches (kits)."""
 
     @property
     def _metric(self) -> Objective:
@@ -43,8 +47,21 @@ class Bench:
 
     def measure(self, archs: Sequence[Arch]) -> dict[str, Latencies]:
         """Latencies of the really exported children on every target, all timed in turn in one go; by key."""
-        each = {name: self._measured(target, archs) for name, target in self.targets.items()}
+        each = {
+            name: self._foretold(name, archs) if isinstance(target, Kit) else self._measured(target, archs)
+            for name, target in self.targets.items()
+            if name in self.models or not isinstance(target, Kit)
+        }
         return {arch.key: {name: latencies[arch.key] for name, latencies in each.items()} for arch in archs}
+
+    def _foretold(self, name: str | None, archs: Sequence[Arch]) -> dict[str, Latency]:
+        """Predictions, for a target that only a kit reaches; their intervals are the model's."""
+        model, found = self.models[name], {}
+        for arch in archs:
+            ms = model.predict(self.run.space, arch)
+            ends = ms * model.lower_factor, ms * model.upper_factor
+            found[arch.key] = Latency(f"{self.targets[name].name}, predicted", ms, *ends, model.target, model.date)
+        return found
 
     def _measured(self, target: Target, archs: Sequence[Arch]) -> dict[str, Latency]:
         fingerprint = target.fingerprint()
@@ -54,8 +71,9 @@ class Bench:
         if todo:
             timings = target.measure([self._exported(arch) for arch in todo])
             rows = [
-                Measurement(arch.key, name, timing.median_ms, timing.low_ms, timing.high_ms,
-                            {"fingerprint": fingerprint, "samples": timing.samples, "stable": timing.stable, "p95_ms": timing.p95_ms,
+                Measurement(arch.key, name, timing.latency_ms, timing.low_ms, timing.high_ms,
+                            {"fingerprint": fingerprint, "samples": timing.samples, "stable": timing.stable, "why": timing.why,
+                             "p95_ms": timing.p95_ms,
                              "wall_median_ms": timing.wall_median_ms, "clock": timing.clock})
                 for arch, timing in zip(todo, timings, strict=True)
             ]  # fmt: skip

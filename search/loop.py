@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from deploy.latency import LatencyModel, profile
+from deploy.kit import Kit
+from deploy.latency import LatencyModel
 from deploy.probe import probe
+from deploy.profiling import profile
 from deploy.targets import Local, Model, Target
 from search.choice import Choice
+from search.direct import Direct
 from search.engine import Engine, Event, Phase
 from search.evaluate import Advancing, SharedEvaluator
 from search.feasible import Feasible
@@ -66,6 +69,8 @@ class Asked:
     """Where latency is measured, by name; None is that of budgets that name none."""
     objective: Objective | None = None
     """An objective of the user's own, in place of the settings'."""
+    latency: Mapping[str | None, Path] = field(default_factory=dict)
+    """Latency models that were measured before, by target; the others are measured, or found in the run."""
 
 
 def search(
@@ -117,9 +122,10 @@ class _Search:
         evaluator = self.run.evaluator(self.device)
         with Store.open(self.run.path / "search" / "search.sqlite", identity=identity(self.run, self.settings)) as store:
             known = self._known(store, feasible.costs, evaluator)
-            engine = self._engine(known, feasible, front, evaluator)
+            direct = Direct(self.space, store, self.budgets, self.asked.targets, feasible.models)
+            engine = self._engine(known, feasible, front, evaluator, direct)
             engine.go()
-            bench = Bench(self.run, evaluator, store, self.asked.targets, self.objective)
+            bench = Bench(self.run, evaluator, store, self.asked.targets, self.objective, feasible.models)
             found = Choice(bench, known, feasible, engine, self.wanted, self.budgets, self.settings).go()
         found.save()
         return found
@@ -147,16 +153,25 @@ class _Search:
         """Measured once per machine and space; only where a budget asks for it."""
         if not self.timed:
             return {}
-        self.progress(Event("timing the smallest child", 0, 0))
         timed = {name: self.asked.targets[name] for name in sorted(self.timed, key=lambda name: name or "")}
-        least = {name: smallest_latency_ms(self.space, target) for name, target in timed.items()}
+        models = {name: self._given(name, target) for name, target in timed.items() if name in self.asked.latency}
+        least = {name: model.smallest_ms for name, model in models.items()}
+        self.progress(Event("timing the smallest child", 0, 0))
+        for name, target in timed.items():
+            if name not in models:
+                refuse_unreachable(name, target)
+                least[name] = smallest_latency_ms(self.space, target)
         self._refuse_impossible(least, self._feasible({}))
-        models = {
-            name: latency_model(self.run, target, self.settings, lambda doing: self.progress(Event(doing, 0, 0)))
-            for name, target in timed.items()
-        }
+        for name, target in timed.items():
+            if name not in models:
+                models[name] = latency_model(self.run, target, self.settings, lambda doing: self.progress(Event(doing, 0, 0)))
         self._refuse_impossible(least, self._feasible(models))
         return models
+
+    def _given(self, name: str | None, target: Target) -> LatencyModel:
+        """The model of a file that the user gave; of the target, where that is one that can be asked."""
+        path = self.asked.latency[name]
+        return LatencyModel.load(path, self.space, None if isinstance(target, Kit) else target)
 
     def _front(self, feasible: Feasible) -> list[Wanted]:
         """The caps of the main cost that children are wanted for."""
@@ -181,7 +196,9 @@ class _Search:
     def _polish(self, want: Wanted, feasible: Feasible, starts: Sequence[Arch]) -> Strategy:
         return make("local", self.space, self._within(want, feasible), seed=self.settings.seed, starts=starts)
 
-    def _engine(self, known: Known, feasible: Feasible, front: list[Wanted], evaluator: Evaluator) -> Engine:
+    def _engine(
+        self, known: Known, feasible: Feasible, front: list[Wanted], evaluator: Evaluator, direct: Direct
+    ) -> Engine:  # fmt: skip
         settings, own = self.settings, list(self.wanted)
         self.wanted += front
         zones = [want.budgets for want in self.wanted]
@@ -198,10 +215,10 @@ class _Search:
             "zones": [[str(budget) for budget in zone] for zone in zones], "budgets": list(map(str, self.budgets)),
             "objective": [self.objective.name, fingerprint(self.objective)],
             "settings": settings.model_dump(mode="json", exclude={"name", "finalists"}),
-            "targets": {str(name): self.asked.targets[name].fingerprint()["hash"] for name in self.timed},
+            "targets": {str(name): str(feasible.models[name].target["hash"]) for name in self.timed},
         }, sort_keys=True)  # fmt: skip
         return Engine(hashlib.sha256(told.encode()).hexdigest()[:16], known, feasible, zones, phases, settings.batch,
-                      self.progress)  # fmt: skip
+                      self.progress, refused=direct.refused if direct.bounds else lambda _: {})  # fmt: skip
 
 
 def shares(total: int, parts: int) -> list[int]:
@@ -254,14 +271,29 @@ def latency_model(run: Run, target: Target, settings: SearchConfig, progress: Ca
     if path.exists():
         return LatencyModel.load(path, run.space, target)
     path.parent.mkdir(exist_ok=True)
-    model = profile(run.space, target, children=settings.profile_children, seed=settings.seed, progress=progress)
+    log = path.with_suffix(".log")
+    for blocks in (False, True):  # seconds suffice for most; the table of blocks takes minutes
+        model = profile(run.space, target, children=settings.profile_children - settings.profile_children // 2,
+                        held_out=settings.profile_children // 2, seed=settings.seed, blocks=blocks, log=log,
+                        progress=progress)  # fmt: skip
+        if model.trusted:
+            break
     model.save(path)
+    log.unlink(missing_ok=True)
     return model
 
 
 def latency_file(run: Run, fingerprint: Mapping[str, Any]) -> Path:
     """Where the latency model of a target lies in a run; another machine or runtime has another name."""
     return run.path / "search" / f"latency-{fingerprint['hash']}.json"
+
+
+def refuse_unreachable(name: str | None, target: Target) -> None:
+    """Raise `InputError` for a target that only its kit's results tell of, and none were given."""
+    if isinstance(target, Kit):
+        called = f"{name}=" if name else ""
+        raise InputError(f"{target.name} is measured by a kit: write one with `nestling profile RUN --target kit --out kit.zip`, run "
+                         f"it there, import its results, then give --latency {called}FILE")  # fmt: skip
 
 
 def smallest_latency_ms(space: Space, target: Target) -> float:

@@ -47,7 +47,7 @@ class SearchConfig(Config):
     finalists: Positive = 5
     """Children exported, measured and confirmed at a time."""
     profile_children: Annotated[StrictInt, Field(ge=8)] = 40
-    """Children timed to fit the latency model."""
+    """Children timed for the latency model: half of them to fit it, the others to prove its error."""
     seed: Count = 0
 
 

@@ -63,7 +63,7 @@ def content_of(run: Run) -> ReportContent:
         chosen=found.best.key,
         arch_table=_arch_table(run.space, found.best),
         tables=more_tables(run, found, scored),
-        latency_fit=[(key, predicted, measured, True) for key, predicted, measured, _ in model.measured] if model else None,
+        latency_fit=[(child.key, child.predicted_ms, child.latency_ms, True) for child in model.held_out] if model else None,
         latency_fit_error=_fit_error(model) if model else "",
         facts=_facts(run, result),
         notes=_notes(found, result, "Accuracies" if measure.unit == "%" else "Scores", run.task.metric),
@@ -128,8 +128,7 @@ def _arch_table(space: Space, child: Child) -> list[dict[str, str]]:
 
 
 def _fit_error(model: LatencyModel) -> str:
-    return (f"Fitted on {len(model.measured)} measured children; mean relative error {model.mape:.1%} on each left out in turn. "
-            "Finalists are measured, not predicted.")  # fmt: skip
+    return f"{model.summary()[0].upper()}{model.summary()[1:]}. Finalists are measured, not predicted."
 
 
 def _facts(run: Run, result: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploy.latency import LatencyModel, profile
+from deploy.latency import LatencyModel
+from deploy.profiling import profile
 from search.budget import METRICS, Budget
 from search.feasible import Cost, Feasible
 from search.reach import every_code
@@ -27,7 +28,7 @@ ENDS = {metric: [arch_costs(SPACE, arch)[metric] for arch in (SPACE.smallest, SP
 
 @pytest.fixture
 def model(fake_target: Any) -> LatencyModel:
-    return profile(SPACE, fake_target(), children=12)
+    return profile(SPACE, fake_target(), children=12, held_out=12, blocks=False)
 
 
 def some_archs(count: int = 200, seed: int = 0) -> Any:
@@ -70,12 +71,12 @@ def test_a_cost_that_is_just_the_bound_is_within_it(metric: str) -> None:
 
 
 def test_a_predicted_latency_counts_with_its_upper_end(model: LatencyModel) -> None:
-    cautious = replace(model, upper_factor=1.5)
+    cautious = off_by(model, 1.04)
     codes = some_archs()
-    predicted = cautious.predict(COSTS.features(codes))
+    predicted = cautious.on(COSTS)(codes)
     bound = float(np.median(predicted))
     feasible = Feasible(SPACE, COSTS, (Budget("latency_ms", bound),), cautious)
-    assert np.array_equal(feasible.mask(codes), predicted * 1.5 <= bound)
+    assert np.array_equal(feasible.mask(codes), predicted * cautious.upper_factor <= bound)
     assert np.array_equal(feasible.table(codes)["latency_ms"], predicted)  # the table itself is not inflated
 
 
@@ -99,21 +100,38 @@ def test_a_lower_bound_admits_what_costs_at_least_that(metric: str, one: float, 
 
 
 def test_a_predicted_latency_counts_with_its_lower_end_against_a_lower_bound(model: LatencyModel) -> None:
-    rows = tuple((key, guess, guess * factor, guess) for (key, guess, *_), factor in zip(model.measured, FACTORS, strict=True))
-    unsure = replace(model, measured=rows)
-    assert unsure.lower_factor == pytest.approx(0.7)  # 20 % of the children left out are faster
+    unsure = off_by(model, 1.04)
+    assert unsure.lower_factor == pytest.approx(1 / 1.04)
     codes = some_archs()
-    predicted = unsure.predict(COSTS.features(codes))
+    predicted = unsure.on(COSTS)(codes)
     bound = float(np.median(predicted))
     feasible = Feasible(SPACE, COSTS, (Budget("latency_ms", bound, lower=True),), unsure)
     assert np.array_equal(feasible.mask(codes), predicted * unsure.lower_factor >= bound)
 
 
-FACTORS = [0.5, 0.6, 0.7, *[0.9] * 4, *[1.1] * 5]
+def test_nothing_is_added_to_predictions_that_are_not_trusted(model: LatencyModel) -> None:
+    """Candidates are measured then (`search/direct.py`), and an interval of tens of percent would leave out most of them."""
+    wide = off_by(model, 1.5)
+    codes = some_archs()
+    bound = float(np.median(wide.on(COSTS)(codes)))
+    assert not wide.trusted
+    assert np.array_equal(
+        Feasible(SPACE, COSTS, (Budget("latency_ms", bound),), wide).mask(codes), wide.on(COSTS)(codes) <= bound
+    )
+
+
+def off_by(model: LatencyModel, factor: float) -> LatencyModel:
+    """The same model, but all held-out children are slower by a factor."""
+    return replace(model, held_out=tuple(replace(child, latency_ms=factor * child.predicted_ms) for child in model.held_out))
+
+
+def slower(model: LatencyModel) -> LatencyModel:
+    """A model of a device that takes ten times as long."""
+    return replace(model, coefficients={name: 10 * value for name, value in model.coefficients.items()})
 
 
 def test_every_target_has_its_model_and_its_column(model: LatencyModel) -> None:
-    slow = replace(model, coefficients=tuple(10 * value for value in model.coefficients))
+    slow = slower(model)
     codes = some_archs()
     budgets = (Budget("latency_ms", 0.02), Budget("latency_ms", 0.15, "pi4"))
     feasible = Feasible(SPACE, COSTS, budgets, {None: model, "pi4": slow})
@@ -305,8 +323,8 @@ def test_drawing_none_gives_none() -> None:
 
 
 def test_archs_are_drawn_within_predicted_latencies_too(model: LatencyModel) -> None:
-    slow = replace(model, coefficients=tuple(10 * value for value in model.coefficients))
-    low, high = np.quantile(model.predict(COSTS.features(some_archs())), [0.01, 0.05])
+    slow = slower(model)
+    low, high = np.quantile(model.on(COSTS)(some_archs()), [0.01, 0.05])
     budgets = (Budget("latency_ms", float(high) * 1.1), Budget("latency_ms", 9 * float(low), "pi4", lower=True))
     feasible = Feasible(SPACE, COSTS, budgets, {None: model, "pi4": slow})
     codes = feasible.sample(50, np.random.default_rng(0))

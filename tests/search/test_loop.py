@@ -441,7 +441,10 @@ def test_progress_counts_up_to_what_was_announced(run_copy: Run, fake_target: An
     assert found.evaluated <= evaluating[-1].total + 2  # the two ends of the space
     assert all(event.done <= event.total for event in evaluating)
     assert all(row["score"] <= 1 and row["macs"] > 0 for event in evaluating[1:] for row in event.front)
-    assert [event.doing for event in events][:2] == ["timing the smallest child", "timing 10 children on fake"]
+    assert [event.doing for event in events][:2] == [
+        "timing the smallest child",
+        "timing blocks and children on fake: group 1 of 1",
+    ]
     assert events[-1].doing == "measuring finalists"
 
 

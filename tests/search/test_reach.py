@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.latency import profile
+from deploy.profiling import profile
 from search.budget import METRICS, Budget
 from search.feasible import Feasible
 from search.reach import ROUNDS, STARTS, Ways, every_code, excess, refuse_impossible, walk
@@ -223,7 +223,7 @@ def test_two_upper_bounds_are_decided_by_the_smallest_alone(monkeypatch: pytest.
 
 
 def test_predicted_latencies_count_once_there_is_a_model(fake_target: Any) -> None:
-    model = profile(SPACE, fake_target(), children=12)
+    model = profile(SPACE, fake_target(), children=6, held_out=6, blocks=False)
     budgets = [Budget("latency_ms", 5.0, lower=True), Budget("macs", ENDS["macs"][1])]
     refuse_impossible(SPACE, budgets)  # not known yet
     refuse_impossible(SPACE, budgets, {None: 0.02})

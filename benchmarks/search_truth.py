@@ -1,6 +1,6 @@
 """Strategies in spaces too large to list, where the truth is known: how far their best child is behind the best there is.
 
-    python benchmarks/search_truth.py [--seeds 10] [--children 64 256] [--quick]
+    python benchmarks/search_truth.py [--seeds 10] [--first-seed 10] [--children 64 256] [--quick]
 
 The children are of real spaces with their real costs; what they would reach is made up: the logarithm of their macs, a preference
 for each choice of each dimension and for each pair of choices of neighbouring dimensions, drawn anew for every seed and scaled so that
@@ -126,6 +126,7 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first-seed", type=int, default=10, help="nothing was chosen by looking at seeds of 10 and more")
     parser.add_argument("--children", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--spaces", nargs="+", default=list(SPACES))
     parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES))
@@ -134,10 +135,10 @@ def main() -> None:
     if given.quick:
         given.seeds, given.children, given.spaces, given.strategies = 2, [64], given.spaces[:1], given.strategies[:4]
     here, start, rows = environment(), time.process_time(), {}
-    print(f"{here['processor']}, {given.seeds} seeds, three budgets each, {IMAGES} images")
+    print(f"{here['processor']}, {given.seeds} seeds from {given.first_seed} on, three budgets each, {IMAGES} images")
     for name in given.spaces:
         space = load_space(name)
-        truths = [Truth(space, seed) for seed in range(given.seeds)]
+        truths = [Truth(space, seed) for seed in range(given.first_seed, given.first_seed + given.seeds)]
         cases = [(truth, bound, truth.best(bound)) for truth in truths for bound in truth.bounds]
         print(f"\n{name}: points of top1 behind the best, of the truth (mean, 95 %); image-forwards")
         for children in given.children:

@@ -244,7 +244,7 @@ def best_within(most_ms: float) -> Picked:
     """Choose the candidate with the best search-val top1 among those not slower than this."""
 
     def pick(found: Sequence[Contender], timings: Sequence[Timing]) -> int | None:
-        fast = [number for number, timing in enumerate(timings) if timing.median_ms <= MARGIN * most_ms]
+        fast = [number for number, timing in enumerate(timings) if timing.latency_ms <= MARGIN * most_ms]
         return max(fast, key=lambda number: found[number].search.mean(), default=None)
 
     return pick
@@ -255,7 +255,7 @@ def fastest_as_good(baseline: Bits) -> Picked:
 
     def pick(found: Sequence[Contender], timings: Sequence[Timing]) -> int | None:
         good = [number for number, each in enumerate(found) if each.search.mean() >= baseline.mean()]
-        return min(good, key=lambda number: timings[number].median_ms, default=None)
+        return min(good, key=lambda number: timings[number].latency_ms, default=None)
 
     return pick
 
@@ -269,7 +269,7 @@ def rows_of(
     """Choose children by a first measurement of all, and compare by a second one of the chosen, all interleaved."""
     timings = Local().measure([each.onnx for each in (*baselines, *found)], most_seconds=most_seconds)
     own = timings[len(baselines) :]
-    chosen = [(best_within(timing.median_ms)(found, own), fastest_as_good(each.search)(found, own))
+    chosen = [(best_within(timing.latency_ms)(found, own), fastest_as_good(each.search)(found, own))
               for each, timing in zip(baselines, timings[: len(baselines)], strict=True)]  # fmt: skip
     numbers = sorted({number for pair in chosen for number in pair if number is not None})
     again = Local().measure(
@@ -310,7 +310,7 @@ def summary(one: Contender, bits: Bits, timing: Timing) -> dict[str, Any]:
     """A side of a row."""
     top1 = Classification().estimate(bits)
     return {"name": one.name, "macs": one.macs, "resolution": one.onnx.resolution, "top1": top1.value, "top1_low": top1.low,
-            "top1_high": top1.high, "latency_ms": timing.median_ms, "latency_low": timing.low_ms, "latency_high": timing.high_ms,
+            "top1_high": top1.high, "latency_ms": timing.latency_ms, "latency_low": timing.low_ms, "latency_high": timing.high_ms,
             "bytes": len(one.onnx.data), "bits": bits}  # fmt: skip
 
 

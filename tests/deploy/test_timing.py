@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -320,7 +321,8 @@ BURNER = "while True: pass"
 
 
 @pytest.mark.slow
-def test_on_a_real_clock_a_burnt_machine_gives_the_same_cpu_time_or_says_that_it_is_not_stable() -> None:
+def test_on_a_real_clock_burners_double_the_wall_time_and_not_the_cpu_time() -> None:
+    """CPU time is not quite the same either: a burner on the core's other thread takes tens of percent, unseen by any clock here."""
     rng = np.random.default_rng(0)
     left, right = rng.random((160, 160)), rng.random((160, 160))
 
@@ -329,16 +331,16 @@ def test_on_a_real_clock_a_burnt_machine_gives_the_same_cpu_time_or_says_that_it
             np.sqrt(left, out=right)
 
     (quiet,) = time_interleaved([work], most_seconds=3.0)
-    burners = [subprocess.Popen([sys.executable, "-c", BURNER]) for _ in range(4)]
+    burners = [subprocess.Popen([sys.executable, "-c", BURNER]) for _ in range(2 * (os.cpu_count() or 1))]
     try:
         (burnt,) = time_interleaved([work], most_seconds=3.0)
     finally:
         for burner in burners:
             burner.kill()
             burner.wait()
-    slack = 2 * WIDTH * quiet.latency_ms  # the caches are shared, and so is the clock of the cores
-    agree = burnt.low_ms - slack <= quiet.high_ms and quiet.low_ms <= burnt.high_ms + slack
-    assert agree or not (quiet.stable and burnt.stable), (quiet, burnt)
+    disturbed = burnt.wall_mean_ms / burnt.latency_ms
+    assert disturbed > 1.2, burnt  # two programs a core: the wall clock has seen them
+    assert burnt.latency_ms < 2 * quiet.latency_ms, (quiet, burnt)
 
 
 # --- reading ---

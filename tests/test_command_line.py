@@ -72,11 +72,11 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 def fake_clock(monkeypatch: pytest.MonkeyPatch, fake_target: Any) -> None:
     """Commands measure on a target that needs no time."""
 
-    def local(threads: int = 1) -> Any:
+    def local(threads: int = 1, **_: Any) -> Any:
         return fake_target()
 
-    monkeypatch.setattr("deploy.targets.Local", local)
-    monkeypatch.setattr("search.whole.Local", local)
+    for where in ("deploy.targets", "deploy.places", "search.whole"):
+        monkeypatch.setattr(f"{where}.Local", local)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +61,11 @@ class Plan:
     def table(self) -> dict[str, BlockSpec]:
         """The blocks by `signature`."""
         return (signatures(self.space) or {}) if self.blocks else {}
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What decides the children, and so the anchor; not whether blocks are timed too."""
+        return {"space": self.space.key, "children": self.children, "held_out": self.held_out, "seed": self.seed}
 
     @property
     def anchor(self) -> Job:

@@ -43,13 +43,15 @@ class Log:
 
     fingerprint: Mapping[str, Any]
     path: Path | None = None
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    """Of what the timings are, so far as it decides the anchor: those of another anchor cannot be scaled to this one's."""
     known: dict[str, tuple[Timing, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.path is not None and self.path.exists():
             self._read(self.path)
         else:
-            self._write({"format": FORMAT, "fingerprint": dict(self.fingerprint)})
+            self._write({"format": FORMAT, "fingerprint": dict(self.fingerprint), "plan": dict(self.plan)})
 
     def add(self, key: str, timing: Timing, anchor_ms: float) -> None:
         """Keep a timing."""
@@ -84,6 +86,11 @@ class Log:
             raise InputError(
                 f"{path} is no log of a measurement, or damaged ({error}): move it away, then measure anew"
             ) from error
+        if head.get("plan") != dict(self.plan):
+            raise InputError(
+                f"{path} holds timings of another plan ({head.get('plan')}, now {dict(self.plan)}): give the command that began it, "
+                "or move that file away and measure anew"
+            )
         if head["fingerprint"] != dict(self.fingerprint):
             raise InputError(
                 f"{path} holds timings of another device: {differing(head['fingerprint'], self.fingerprint)}: go on there, or move "
@@ -101,7 +108,7 @@ def profile(
     `InputError` where the target cannot be measured.
     """
     begun, plan = time.monotonic(), Plan(space, children, held_out, seed, blocks, target.precision)
-    known = Log(target.fingerprint(), log)
+    known = Log(target.fingerprint(), log, plan.about)
     measure(plan, target, known, progress or (lambda _: None))
     return fitted(plan, known, minutes=(time.monotonic() - begun) / 60)
 
@@ -126,14 +133,7 @@ def write_profile_kit(plan: Plan, kit: Kit, path: Path) -> int:
             yield from ((job.model(), {"key": job.key, "group": number}) for job in part)
             yield anchor, {"key": ANCHOR, "group": number}
 
-    about = {
-        "space": plan.space.key,
-        "children": plan.children,
-        "held_out": plan.held_out,
-        "seed": plan.seed,
-        "blocks": plan.blocks,
-    }
-    return len(write_kit(path, models(), kit, about=about)["models"])
+    return len(write_kit(path, models(), kit, about={**plan.about, "blocks": plan.blocks})["models"])
 
 
 def imported(space: Space, kit: Path, results: Path) -> LatencyModel:

@@ -103,7 +103,7 @@ def test_models_are_measured_through_the_shell_of_the_far_side(log: Path, tiny: 
 
 PARTS = [
     "; canary", "& canary", "&& canary", "| canary", "|| canary", "$(canary)", "`canary`", "\ncanary", "\r\ncanary\r\n", "\0canary",
-    "-oProxyCommand=canary", "-o ProxyCommand=canary", "--", "-", "-F/tmp/x", "' ; canary ; '", '" ; canary ; "', "'; canary #",
+    "-oProxyCommand=canary", "-o ProxyCommand=canary", "--", "-", "-Fcanary", "' ; canary ; '", '" ; canary ; "', "'; canary #",
     "\\'; canary; \\'", "${IFS}canary", "$IFS$9canary", "> canary", "< canary", "!canary", "{canary,}", "*", "?", "~", "#canary",
     "%0acanary", "%h", "%n", "%p;canary", "\tcanary", " canary", "a b", "a\x7fb", "\x1b[31m", "\u202ecanary", "é", "\u2028canary",
     "(canary)", "[canary]", "{ canary; }", "a=b canary", "exec canary", "../canary", "/../../canary", "$((canary))", "$'\\ncanary'",

@@ -218,8 +218,11 @@ def _broadcast(tensor: Tensor) -> Tensor:
 def gathered(tensor: Tensor) -> Tensor:
     """The `tensor` of every process, along a new first axis; the same shape everywhere."""
     result = tensor.new_empty(processes() * tensor.numel())
+    gather = getattr(
+        dist, "all_gather_single", dist.all_gather_into_tensor
+    )  # the name since torch 2.14, which warns of the other
     with _peers():
-        dist.all_gather_into_tensor(result, tensor.flatten())
+        gather(result, tensor.flatten())
     return result.view(-1, *tensor.shape)
 
 

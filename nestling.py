@@ -86,16 +86,18 @@ def open_bundle(path: str | Path) -> Bundle:
 
 def search(
     run: Run | str | Path, budgets: str | Sequence[str] = (), *, children: Sequence[str] = (), front: int = 0,
-    objective: Objective | str | None = None,
-    targets: Mapping[str, Target] | None = None, threads: int = 1, device: str = "auto", settings: str = "default",
+    objective: Objective | str | None = None, targets: Mapping[str, Target | str] | None = None,
+    latency: Mapping[str | None, str | Path] | None = None, threads: int = 1, device: str = "auto", settings: str = "default",
     overrides: Mapping[str, Any] | None = None,
 ) -> Found:  # fmt: skip
     """The best child of a run that meets every budget by measurement on this machine; more of them in `Found.answers`.
 
     `children`: for each text such as "macs<=50M, params<=2M" the best child that meets these too; `front`: so many, spread over the
     range of costs. `objective`: what is to be largest, where that is not the settings' (`search.objective`). `targets`: where budgets
-    such as "latency_ms@NAME<=8" are measured. `settings` and `overrides`: a search configuration. Raises `supernet.InputError`.
+    such as "latency_ms@NAME<=8" are measured, objects or texts such as "ssh://pi@board"; `latency`: files of latency models that were
+    measured before, by target (None: this machine). `settings` and `overrides`: a search configuration. Raises `supernet.InputError`.
     """
+    from deploy.places import parse_target
     from deploy.targets import Local
     from search.loop import Asked
     from search.loop import search as search_loop
@@ -106,9 +108,11 @@ def search(
     texts = (budgets,) if isinstance(budgets, str) else tuple(budgets)
     if isinstance(objective, str):
         overrides, objective = {**(overrides or {}), "objective": objective}, None
-    places: dict[str | None, Target] = dict((targets or {}).items())
+    given = (targets or {}).items()
+    places: dict[str | None, Target] = {name: parse_target(at) if isinstance(at, str) else at for name, at in given}
     places[None] = Local(threads)
-    asked = Asked(texts, tuple(children), front, load_search_config(settings, overrides), places, objective)
+    files = {name: Path(path) for name, path in (latency or {}).items()}
+    asked = Asked(texts, tuple(children), front, load_search_config(settings, overrides), places, objective, files)
     return search_loop(run if isinstance(run, Run) else Run.open(Path(run)), asked, device=devices.choose(device))
 
 

@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 from PIL import Image
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before it is imported: it would write into the home directory
+import onnxruntime
 
 if __package__:
     from supernet.preprocess import Preprocessing, open_image

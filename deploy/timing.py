@@ -4,6 +4,9 @@ On a shared machine the wall clock is disturbed by others by up to 2x, while the
 thread does the work, its CPU time is the latency on an idle core, and its median is taken. Where several threads work, only the wall
 clock can be read: what the call takes when nothing disturbs it is the least of it.
 
+CPU time is disturbed too, by whoever uses the same core's other hardware thread, or its caches: for seconds, by tens of percent, and
+all calls alike. Where enough calls are timed in turn, what a round has in common is therefore taken out of each call's time in it.
+
 This file travels to the machines that are measured (`deploy/far.py`): it needs Python 3.9 and numpy, nothing else of Nestling.
 """
 
@@ -33,6 +36,8 @@ THROTTLED = 1.5
 """Mean over median of the wall clock beyond which something stops the machine now and then: a quota, or heat."""
 MOST_NUMBER = 1e12
 """No time in ms, and no number of samples, is larger."""
+TOGETHER = 8
+"""Calls in a round from which on what they have in common is known well enough to be taken out."""
 BUSY_STEAL = 0.02
 """Share of the time that a virtual machine waits for its host beyond which it is called busy."""
 
@@ -41,8 +46,9 @@ BUSY_STEAL = 0.02
 class Timing:
     """What a call takes, in ms, with a 95 % interval (`low_ms` to `high_ms`); `stable` where that is as narrow as asked.
 
-    By the clock "cpu" the latency is the median of the thread's CPU time, by "wall" the least wall time. `min_ms` to `p95_ms` are of
-    that clock, `wall_*_ms` of the wall clock. `why` says why a result is not stable; `throttled` that wall means lie far above medians.
+    By the clock "cpu" the latency is the median of the thread's CPU time (after `alike`, where many were timed), by "wall" the least
+    wall time. `min_ms` to `p95_ms` are of that clock as it was read, `wall_*_ms` of the wall clock. `why` says why a result is not
+    stable; `throttled` that wall means lie far above medians.
     """
 
     latency_ms: float
@@ -100,33 +106,43 @@ def time_interleaved(
 ) -> list[Timing]:
     """Time every call, in rounds through all of them, so that a drift of the machine's speed touches all alike.
 
-    A call whose interval is at most `width` of its latency leaves the rounds. They go on for at most `most_seconds` (and at least
-    `LEAST_ROUNDS` rounds); what is wider then is not `stable`. Stopping as soon as an interval is narrow costs it about two points of
-    its coverage.
+    A call whose interval is at most `width` of its latency leaves the rounds, but for `TOGETHER` that stay with those that are not
+    settled. They go on for at most `most_seconds` (and at least `LEAST_ROUNDS` rounds); what is wider then is not `stable`. Stopping as
+    soon as an interval is narrow costs it about two points of its coverage.
     """
     if not calls:
         return []
     machine = Watch()
     repeats = [_repeats(call) for call in calls]
-    samples: list[list[tuple[float, float]]] = [[] for _ in calls]
+    samples: list[Any] = []
     start, rng = time.monotonic(), np.random.default_rng(0)
-    going, late = list(range(len(calls))), False
-    while going and not late:
+    going = list(range(len(calls)))
+    while going:
+        samples.append(np.full((len(calls), 2), np.nan))
         for position in rng.permutation(going):
-            samples[position].append(_sample(calls[position], repeats[position], clock))
-        late = time.monotonic() - start > most_seconds
-        if len(samples[going[0]]) < LEAST_ROUNDS:
-            late = False
+            samples[-1][position] = _sample(calls[position], repeats[position], clock)
+        if len(samples) < LEAST_ROUNDS:
             continue
-        going = [at for at in going if not _settled(np.array(samples[at]), clock, width) and len(samples[at]) < MOST_ROUNDS]
+        if time.monotonic() - start > most_seconds or len(samples) >= MOST_ROUNDS:
+            break
+        going = _unsettled(np.array(samples), clock, width)
     load, steal = machine.load(), machine.steal()
-    return [summary(np.array(taken), clock, width=width, load=load, steal=steal) for taken in samples]
+    return summaries(np.array(samples), clock, width=width, load=load, steal=steal)
 
 
-def summary(taken: Any, clock: str, *, width: float = WIDTH, load: float = 0.0, steal: float = 0.0) -> Timing:
-    """The timing of samples, shape (samples, 2): CPU time of the thread and wall time of a call, in ms."""
+def summaries(taken: Any, clock: str, *, width: float = WIDTH, load: float = 0.0, steal: float = 0.0) -> list[Timing]:
+    """The timings of samples, shape (rounds, calls, 2): CPU time of the thread and wall time in ms, NaN where a call was not made."""
+    own = own_times(taken, clock)
+    return [
+        summary(taken[known, call], clock, own=own[known, call], width=width, load=load, steal=steal)
+        for call, known in enumerate(~np.isnan(own).T)
+    ]
+
+
+def summary(taken: Any, clock: str, *, own: Any = None, width: float = WIDTH, load: float = 0.0, steal: float = 0.0) -> Timing:
+    """The timing of a call's samples, shape (samples, 2): CPU time of the thread and wall time, in ms; `own` as of `own_times`."""
     times, wall = taken[:, CLOCKS.index(clock)], taken[:, 1]
-    latency, low, high = estimate(times, clock)
+    latency, low, high = estimate(times if own is None else own, clock)
     stable = high - low <= width * latency
     wall_median, wall_mean = float(np.median(wall)), float(wall.mean())
     throttled = wall_mean > THROTTLED * wall_median
@@ -135,6 +151,39 @@ def summary(taken: Any, clock: str, *, width: float = WIDTH, load: float = 0.0, 
         latency, low, high, float(times.min()), float(np.median(times)), float(times.mean()), float(np.percentile(times, 95)),
         float(wall.min()), wall_median, wall_mean, len(times), bool(stable), bool(throttled), why, clock, load, steal,
     )  # fmt: skip
+
+
+def own_times(taken: Any, clock: str) -> Any:
+    """What estimates are made of, shape (rounds, calls): CPU times `alike` where the calls are many, else the clock as it was read."""
+    times = taken[:, :, CLOCKS.index(clock)]
+    return alike(times) if clock == "cpu" and times.shape[1] >= TOGETHER and (times[~np.isnan(times)] > 0).all() else times
+
+
+def alike(times: Any) -> Any:
+    """Times of shape (rounds, calls), NaN where a call was not made, as if all rounds had been equally fast.
+
+    A round is so much slower than the usual one as the median of the *other* calls in it is (a median polish, Tukey 1977, in
+    logarithms): a call's own time never explains itself. Raises nothing; times are above 0.
+    """
+    logs = np.log(times)
+    common = np.zeros_like(logs)
+    for _ in range(2):
+        common = _others(logs - np.nanmedian(logs - common, axis=0))
+        common -= np.nanmedian(common)
+    return np.exp(logs - common)
+
+
+def _others(values: Any) -> Any:
+    """For each value the median of the others in its row, of those that are known; where there is no other, 0."""
+    order = np.argsort(values, axis=1)
+    ordered, rank = np.take_along_axis(values, order, axis=1), np.argsort(order, axis=1)
+    others = (~np.isnan(values)).sum(axis=1, keepdims=True) - 1
+
+    def at(place: Any) -> Any:
+        return np.take_along_axis(ordered, np.clip(place + (place >= rank), 0, values.shape[1] - 1), axis=1)
+
+    middle = (at(np.maximum(others - 1, 0) // 2) + at(np.maximum(others, 0) // 2)) / 2
+    return np.where(np.isnan(values), np.nan, np.where(others > 0, middle, 0.0))
 
 
 def estimate(times: Any, clock: str) -> tuple[float, float, float]:
@@ -176,9 +225,16 @@ def _rank(count: int, share: float, level: float) -> int:
     return count
 
 
-def _settled(taken: Any, clock: str, width: float) -> bool:
-    latency, low, high = estimate(taken[:, CLOCKS.index(clock)], clock)
-    return high - low <= width * latency
+def _unsettled(taken: Any, clock: str, width: float) -> list[int]:
+    """Calls that the next round is made of: those whose interval is too wide, and others beside few of them; none when all is known."""
+    own = own_times(taken, clock)
+    settled = []
+    for call, known in enumerate(~np.isnan(own).T):
+        latency, low, high = estimate(own[known, call], clock)
+        if high - low <= width * latency:
+            settled.append(call)
+    left = [call for call in range(own.shape[1]) if call not in settled]
+    return left + settled[: max(0, TOGETHER - len(left))] if left and own.shape[1] >= TOGETHER and clock == "cpu" else left
 
 
 def _why(found: float, width: float, throttled: bool, load: float, steal: float) -> str:

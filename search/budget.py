@@ -20,10 +20,16 @@ METRICS: Mapping[str, Mapping[str, int]] = {
     "params": _COUNTS,
     "peak_memory_bytes": _BYTES,
     "model_size_bytes": _BYTES,
+    "resident_bytes": _BYTES,
+    "load_ms": {"": 1},
+    "first_ms": {"": 1},
+    "images_per_s": _COUNTS,
 }
 """Metric -> the suffixes that its bound may carry and what each stands for; of equally short texts the first is written."""
 
-MEASURED = ("latency_ms",)
+WEIGHED = ("resident_bytes", "load_ms", "first_ms", "images_per_s")
+"""What a process that runs the child holds at most, the time to load it and of its first inference, its throughput: no model tells."""
+MEASURED = ("latency_ms", *WEIGHED)
 """Metrics that depend on a target; all others follow from the arch."""
 
 _PARTS = re.compile(r"([^<>=≤≥]*)([<>=≤≥]{1,3})(.*)", re.DOTALL)
@@ -51,7 +57,7 @@ class Budget:
             hint = nearest(self.metric, list(METRICS))
             raise InputError(f"a budget bounds one of {', '.join(METRICS)}, but got {_quoted(self.metric)}{hint}")
         if self.target is not None and self.metric not in MEASURED:
-            raise InputError(f"{self.metric} is the same on every target, only {', '.join(MEASURED)} is of one: leave out "
+            raise InputError(f"{self.metric} is the same on every target, only {', '.join(MEASURED)} are of one: leave out "
                              f"{_quoted('@' + self.target)}")  # fmt: skip
         if self.target is not None and not _TARGET.fullmatch(self.target):
             raise InputError("a target's name is 1 to 60 letters, digits, dots, underscores and hyphens, but is "
@@ -124,6 +130,11 @@ def parse_set(text: str) -> tuple[Budget, ...]:
     Raises `InputError` as `parse_all` does, and where a part is empty.
     """
     return parse_all(text.split(","))
+
+
+def foretold(budgets: Sequence[Budget]) -> tuple[Budget, ...]:
+    """Those of costs that are known of any arch, counted or by a latency model, before it is measured."""
+    return tuple(budget for budget in budgets if budget.metric not in WEIGHED)
 
 
 def _bound(metric: str, text: str) -> float:

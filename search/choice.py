@@ -10,10 +10,10 @@ import numpy as np
 from deploy.kit import Kit
 from deploy.latency import GATE
 from search import pareto
-from search.budget import Budget
+from search.budget import WEIGHED, Budget, foretold
 from search.engine import Engine, Event
 from search.feasible import Feasible
-from search.finalists import Bench, Latencies, Verdict, judge, meets
+from search.finalists import Bench, Latencies, Verdict, Weights, judge, meets
 from search.found import Answer, Child, Found
 from search.known import Known
 from search.settings import SearchConfig
@@ -38,6 +38,7 @@ class Choice:
     budgets: tuple[Budget, ...]
     settings: SearchConfig
     measured: dict[str, Latencies] = field(default_factory=dict)
+    weighed: dict[str, Weights] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.run, self.space, self.notes = self.bench.run, self.bench.run.space, list(self.engine.notes)
@@ -50,7 +51,7 @@ class Choice:
         """Find a child for everything wanted, and tell how sure that is."""
         answers = [answer for want in self.wanted if (answer := self._answer(want)) is not None]
         ends = [self.space.smallest, self.space.largest]
-        self.measured |= self.bench.measure([arch for arch in ends if arch.key not in self.measured])
+        self._measure(ends)
         confirmed = self.bench.confirm(ends)
         best = answers[0].child.arch
         if best != ends[1]:
@@ -61,7 +62,7 @@ class Choice:
                 f"chosen child and largest child of the space: {verdict} on the confirm images (p = {p_value:.3g})"
             )
         all_of_best = (*self.budgets, *self.wanted[0].budgets)
-        if best != ends[0] and meets(all_of_best, self.known.rows[ends[0]].costs, self.measured[ends[0].key]):
+        if best != ends[0] and self._meets(all_of_best, ends[0]):
             self._against_smallest(best, ends[0])
         self._against_random(best)
         self._remark_failed()
@@ -106,9 +107,9 @@ class Choice:
             smallest = [self.space.smallest] if last and self.space.smallest in self.scores else []
             group = list(dict.fromkeys([*self._ranked(want, tried)[: self.settings.finalists], *smallest]))
             self.engine.progress(Event("measuring finalists", self.engine.total, self.engine.total))
-            self.measured |= self.bench.measure(group)
+            self._measure(group)
             tried |= set(group)
-            accepted = [arch for arch in group if meets(budgets, self.known.rows[arch].costs, self.measured[arch.key])]
+            accepted = [arch for arch in group if self._meets(budgets, arch)]
             if accepted or (last and not group):
                 return self._or_refuse(want, budgets, accepted)
             if group:
@@ -118,10 +119,25 @@ class Choice:
             self._correct()
         return self._or_refuse(want, budgets, [])
 
+    def _measure(self, archs: Sequence[Arch]) -> None:
+        """Latencies of those that were not measured yet, and their weights where a budget bounds one."""
+        new = [arch for arch in archs if arch.key not in self.measured]
+        self.measured |= self.bench.measure(new)
+        self.weighed |= self.bench.weigh(new, self._scales)
+
+    @property
+    def _scales(self) -> list[str | None]:
+        """The targets that budgets over weights name."""
+        every = (*self.budgets, *(budget for want in self.wanted for budget in want.budgets))
+        return list(dict.fromkeys(budget.target for budget in every if budget.metric in WEIGHED))
+
+    def _meets(self, budgets: Sequence[Budget], arch: Arch) -> bool:
+        return meets(budgets, self.known.rows[arch].costs, self.measured[arch.key], self.weighed[arch.key])
+
     def _ranked(self, want: Wanted, tried: set[Arch]) -> list[Arch]:
         """Children within the budgets as far as that is foretold, that were not tried yet; the best first."""
         codes = self.space.encode(self.archs)
-        admitted = self.feasible.mask(codes) & self.feasible.zones(codes, [want.budgets])[:, 0]
+        admitted = self.feasible.mask(codes) & self.feasible.zones(codes, [foretold(want.budgets)])[:, 0]
         inside = [arch for arch, meets_ in zip(self.archs, admitted, strict=True) if meets_ and arch not in tried]
         return sorted(inside, key=lambda arch: (-self.scores[arch], self.cost[arch]))
 
@@ -160,6 +176,8 @@ class Choice:
         return Child(
             self.run.path, arch, dict(self.known.rows[arch].costs), self.scores[arch], confirm_score, predicted,
             {f"latency_ms@{name}" if name else "latency_ms": latency for name, latency in self.measured[arch.key].items()}, estimate,
+            {f"{metric}@{name}" if name else metric: span
+             for name, spans in self.weighed[arch.key].items() for metric, span in spans.items()},
         )  # fmt: skip
 
     def _against_smallest(self, best: Arch, smallest: Arch) -> None:

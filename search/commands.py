@@ -30,7 +30,8 @@ BudgetTexts = Annotated[
     typer.Option(
         "--budget",
         help="'latency_ms<=8', 'latency_ms@NAME<=8', 'macs<=8e6', 'params>=1M', 'peak_memory_bytes<=512KiB', "
-        "'model_size_bytes<=4MiB'. Repeatable: all hold.",
+        "'model_size_bytes<=4MiB', 'resident_bytes<=80MiB', 'load_ms<=50', 'first_ms<=20', 'images_per_s>=100' (these too of a "
+        "target NAME). Repeatable: all hold.",
     ),
 ]
 ChildTexts = Annotated[
@@ -264,6 +265,7 @@ def _row(name: str, child: Child, text: Callable[[float], str]) -> dict[str, Any
         "macs": int(child.costs["macs"]), "params": int(child.costs["params"]),
         "predicted ms": child.predicted_latency_ms if child.predicted_latency_ms is not None else "-",
         **({target: f"{each.latency_ms:.4g} ({each.low:.4g} to {each.high:.4g})" for target, each in timed} or {"latency_ms": "-"}),
+        **{name: f"{middle:.4g} ({low:.4g} to {high:.4g})" for name, (low, middle, high) in child.weights.items()},
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Where a latency model is not trusted, candidates are measured before they are evaluated: the constraint then holds by measurement."""
+"""What no model foretells is measured before a candidate is evaluated: latencies where the model is not trusted, and all weights."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from dataclasses import dataclass, field
 from deploy.latency import LatencyModel
 from deploy.probe import probe
 from deploy.targets import Model, Target
-from search.budget import MEASURED, Budget
+from search.budget import WEIGHED, Budget
 from search.records import Measurement
 from search.store import Store
+from search.weights import Scales, holds
 from supernet.arch import Arch
 from supernet.space import Space
 
 
 @dataclass
 class Direct:
-    """Measures candidates on the targets whose models are not trusted. What the store has is not measured again.
+    """Measures candidates on the targets that budgets name and no model foretells. What the store has is not measured again.
 
     What is timed is the child's probe, which has its operators (`deploy/probe.py`), so nothing is calibrated or exported for it.
     """
@@ -32,12 +33,16 @@ class Direct:
     @property
     def bounds(self) -> list[Budget]:
         """Of all budgets those that candidates are measured for."""
-        return [b for b in self.budgets if b.metric in MEASURED and not self.models[b.target].trusted]
+        timed = [b for b in self.budgets if b.metric == "latency_ms" and not self.models[b.target].trusted]
+        return timed + [b for b in self.budgets if b.metric in WEIGHED]
 
     def refused(self, archs: Sequence[Arch]) -> dict[Arch, str]:
         """Archs that miss a budget when measured, and by how much."""
         found: dict[Arch, str] = {}
         for budget in self.bounds:
+            if budget.metric in WEIGHED:
+                found |= self._too_heavy(budget, archs)
+                continue
             times = self._times(self.targets[budget.target], archs)
             for arch in archs:
                 row = times[arch]
@@ -46,6 +51,14 @@ class Direct:
                         f"measured, it takes {row.latency_ms_low:.4g} to {row.latency_ms_high:.4g} ms, and misses {budget}"
                     )
         return found
+
+    def _too_heavy(self, budget: Budget, archs: Sequence[Arch]) -> dict[Arch, str]:
+        weights = Scales(self.space, self.store, self.targets).probes(budget.target, archs)
+        return {
+            arch: f"measured, its {budget.column} is {weights[arch][budget.metric][1]:.4g}, and misses {budget}"
+            for arch in archs
+            if not holds(budget, weights[arch])
+        }
 
     def _times(self, target: Target, archs: Sequence[Arch]) -> dict[Arch, Measurement]:
         fingerprint = target.fingerprint()

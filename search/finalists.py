@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,12 @@ from deploy.export import to_onnx
 from deploy.kit import Kit
 from deploy.latency import LatencyModel
 from deploy.targets import Latency, Model, Target
-from search.budget import Budget
+from search.budget import WEIGHED, Budget
 from search.objective import Objective, objective_named
 from search.records import Confirmed, Measurement
 from search.statistics import compare, confidence_set, holm, shrunk
 from search.store import Store
+from search.weights import Scales, Spans, holds
 from supernet.arch import Arch
 from supernet.evaluate import Evaluator
 from supernet.run import Run
@@ -26,6 +27,8 @@ from supernet.task import Estimate
 
 Latencies = Mapping[str | None, Latency]
 """Name of the target (None: the one that is not named) -> a child's latency there."""
+Weights = Mapping[str | None, Spans]
+"""Likewise, what it weighs there."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,12 @@ class Bench:
             if name in self.models or not isinstance(target, Kit)
         }
         return {arch.key: {name: latencies[arch.key] for name, latencies in each.items()} for arch in archs}
+
+    def weigh(self, archs: Sequence[Arch], names: Collection[str | None]) -> dict[str, Weights]:
+        """What the really exported children weigh on the targets of these names; by key."""
+        scales = Scales(self.run.space, self.store, self.targets)
+        each = {name: scales.exported(name, archs, lambda arch: self._exported(arch).data) for name in names}
+        return {arch.key: {name: weights[arch] for name, weights in each.items()} for arch in archs}
 
     def _foretold(self, name: str | None, archs: Sequence[Arch]) -> dict[str, Latency]:
         """Predictions, for a target that only a kit reaches; their intervals are the model's."""
@@ -111,10 +120,12 @@ class Bench:
         return Model(model.SerializeToString(), space.family.in_channels, space.resolution(arch))
 
 
-def meets(budgets: Sequence[Budget], costs: Mapping[str, float], latencies: Latencies) -> bool:
-    """Whether a measured child meets every budget; a latency counts with the worse end of its interval."""
+def meets(budgets: Sequence[Budget], costs: Mapping[str, float], latencies: Latencies, weights: Weights | None = None) -> bool:
+    """Whether a measured child meets every budget; what was measured counts with the worse end of its interval."""
     return all(
-        budget.holds_interval(latencies[budget.target].low, latencies[budget.target].high)
+        holds(budget, (weights or {})[budget.target])
+        if budget.metric in WEIGHED
+        else budget.holds_interval(latencies[budget.target].low, latencies[budget.target].high)
         if budget.metric == "latency_ms"
         else budget.holds(costs[budget.metric])
         for budget in budgets

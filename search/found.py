@@ -35,6 +35,8 @@ class Child:
     """Measured: "latency_ms", and "latency_ms@NAME" for every other target of the search."""
     estimate: Estimate | None = None
     """What it is to be expected to reach on other images: the confirm score, shrunken among the finalists, with its 95 % interval."""
+    weights: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    """Where a budget bounds one: "resident_bytes", "load_ms@NAME", ... -> least, median and most of what was measured."""
 
     @property
     def key(self) -> str:
@@ -53,6 +55,7 @@ class Child:
             "confirm_score": self.confirm_score, "predicted_latency_ms": self.predicted_latency_ms,
             "latencies": {name: latency.as_dict() for name, latency in self.latencies.items()},
             "estimate": dataclasses.asdict(self.estimate) if self.estimate else None,
+            "weights": {name: list(span) for name, span in self.weights.items()},
         }  # fmt: skip
 
 
@@ -174,12 +177,20 @@ def _child(run: Run, value: Mapping[str, Any]) -> Child:
         None if predicted is None else _number(predicted),
         {str(name): Latency.from_dict(latency) for name, latency in value["latencies"].items()},
         None if estimate is None else _estimate(estimate),
+        {str(name): _span(span) for name, span in value.get("weights", {}).items()},
     )
 
 
 def _estimate(value: Mapping[str, Any]) -> Estimate:
     low, middle, high = (_number(value[name]) for name in ("low", "value", "high"))
     return Estimate(middle, low, high, int(value["images"]))
+
+
+def _span(value: object) -> tuple[float, float, float]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is no list")
+    least, median, most = map(_number, value)
+    return least, median, most
 
 
 def _numbers(value: object) -> dict[str, float]:

@@ -21,6 +21,7 @@ from deploy.latency import LatencyModel
 from deploy.probe import probe
 from deploy.profiling import profile
 from deploy.targets import Local, Model, Target
+from search.budget import WEIGHED, foretold
 from search.choice import Choice
 from search.direct import Direct
 from search.engine import Engine, Event, Phase
@@ -37,6 +38,7 @@ from search.store import Store
 from search.strategies import Strategy
 from search.strategies.registry import make
 from search.wanted import Wanted, caps, parse_budgets, wanted
+from search.weights import Scales
 from supernet.arch import Arch
 from supernet.costs import Costs
 from supernet.errors import InputError
@@ -98,15 +100,15 @@ class _Search:
         self.settings, self.space = self.asked.settings, self.run.space
         self.budgets, self.wanted = parse_budgets(self.asked.budgets), list(wanted(self.asked.children))
         self.objective = self.asked.objective or objective_named(self.settings.objective, self.run.task)
-        self.timed = {
-            b.target for b in (*self.budgets, *(b for w in self.wanted for b in w.budgets)) if b.metric == "latency_ms"
-        }
+        self.bounds = (*self.budgets, *(budget for want in self.wanted for budget in want.budgets))
+        self.timed = {budget.target for budget in self.bounds if budget.metric == "latency_ms"}
+        self.weighed = {budget.target for budget in self.bounds if budget.metric in WEIGHED}
         if not 0 <= self.asked.front <= MOST_FRONT:
             raise InputError(f"a front has 0 to {MOST_FRONT} children, but got {self.asked.front}")
-        unknown = [name for name in self.timed if name not in self.asked.targets]
+        unknown = [name for name in (*self.timed, *self.weighed) if name not in self.asked.targets]
         if unknown:
             given = ", ".join(name for name in self.asked.targets if name) or "none"
-            raise InputError(f"a latency budget is of a target that is given with --target, but {unknown[0]!r} was not given "
+            raise InputError(f"a measured budget is of a target that is given with --target, but {unknown[0]!r} was not given "
                              f"(given: {given}): add --target {unknown[0]}=local")  # fmt: skip
 
     def go(self) -> Found:
@@ -121,6 +123,7 @@ class _Search:
         front = self._front(feasible)
         evaluator = self.run.evaluator(self.device)
         with Store.open(self.run.path / "search" / "search.sqlite", identity=identity(self.run, self.settings)) as store:
+            Scales(self.space, store, self.asked.targets).refuse_impossible(self.bounds)
             known = self._known(store, feasible.costs, evaluator)
             direct = Direct(self.space, store, self.budgets, self.asked.targets, feasible.models)
             engine = self._engine(known, feasible, front, evaluator, direct)
@@ -143,7 +146,7 @@ class _Search:
             refuse_impossible(self.space, (*self.budgets, *want.budgets), latencies, feasible)
 
     def _feasible(self, models: Mapping[str | None, LatencyModel]) -> Feasible:
-        return Feasible(self.space, self.costs, self.budgets, models)
+        return Feasible(self.space, self.costs, foretold(self.budgets), models)
 
     @cached_property
     def costs(self) -> Costs:
@@ -181,7 +184,8 @@ class _Search:
 
     def _within(self, want: Wanted, feasible: Feasible) -> Feasible:
         """Of what meets the budgets the part that is wanted."""
-        return Feasible(self.space, self.costs, (*self.budgets, *want.budgets), feasible.models) if want.budgets else feasible
+        budgets = foretold((*self.budgets, *want.budgets))
+        return Feasible(self.space, self.costs, budgets, feasible.models) if want.budgets else feasible
 
     def _strategy(self, feasible: Feasible, evaluator: Evaluator | None) -> Strategy:
         """What the settings name; without an evaluator only to see whether they are right."""
@@ -201,7 +205,7 @@ class _Search:
     ) -> Engine:  # fmt: skip
         settings, own = self.settings, list(self.wanted)
         self.wanted += front
-        zones = [want.budgets for want in self.wanted]
+        zones = [foretold(want.budgets) for want in self.wanted]
         if not front:
             zones += [(cap,) for cap in caps(feasible, settings.zones, np.random.default_rng([settings.seed, 3]))]
         phases = [
@@ -215,7 +219,8 @@ class _Search:
             "zones": [[str(budget) for budget in zone] for zone in zones], "budgets": list(map(str, self.budgets)),
             "objective": [self.objective.name, fingerprint(self.objective)],
             "settings": settings.model_dump(mode="json", exclude={"name", "finalists"}),
-            "targets": {str(name): str(feasible.models[name].target["hash"]) for name in self.timed},
+            "targets": {str(name): str(feasible.models[name].target["hash"] if name in self.timed
+                                       else self.asked.targets[name].fingerprint()["hash"]) for name in self.timed | self.weighed},
         }, sort_keys=True)  # fmt: skip
         return Engine(hashlib.sha256(told.encode()).hexdigest()[:16], known, feasible, zones, phases, settings.batch,
                       self.progress, refused=direct.refused if direct.bounds else lambda _: {})  # fmt: skip

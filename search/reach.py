@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from search.budget import MEASURED, Budget
+from search.budget import MEASURED, Budget, foretold
 from supernet.costs import Costs, arch_costs
 from supernet.errors import InputError
 from supernet.family import Codes
@@ -145,6 +145,7 @@ def refuse_impossible(
         smallest_latency_ms if isinstance(smallest_latency_ms, Mapping) else {None: smallest_latency_ms}
     )
     least, most = (arch_costs(space, arch) for arch in (space.smallest, space.largest))
+    budgets = foretold(budgets)  # of what a child weighs, `search.weights` says whether it can be
     for budget in budgets:
         least_here = measured.get(budget.target) if budget.metric in MEASURED else least[budget.metric]
         if not budget.lower and least_here is not None and not budget.holds(least_here):

@@ -1,4 +1,4 @@
-"""What a search's file holds a row of: a child that was evaluated, its result on the confirm split, a latency measured."""
+"""What a search's file holds a row of: a child that was evaluated, its result on the confirm split, a latency measured, its weight."""
 
 from __future__ import annotations
 
@@ -74,7 +74,22 @@ class Measurement:
     created: str = dataclasses.field(default_factory=now)
 
 
-Record = TypeVar("Record", Row, Confirmed, Measurement)
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """What a child weighed on a target, at batch `batch`; `spans`: least, median and most of each metric of `search.budget.WEIGHED`."""
+
+    TABLE: ClassVar[str] = "weights"
+    KEYS: ClassVar[tuple[str, ...]] = ("key", "target", "batch")
+    CONFLICT: ClassVar[str] = "DO NOTHING"
+
+    key: str
+    target: str
+    batch: int
+    spans: Mapping[str, Any]
+    created: str = dataclasses.field(default_factory=now)
+
+
+Record = TypeVar("Record", Row, Confirmed, Measurement, Weighed)
 
 _COLUMN: Mapping[str, Callable[[Any], object]] = {
     "str": str,
@@ -87,7 +102,7 @@ _COLUMN: Mapping[str, Callable[[Any], object]] = {
 """Declared type of a field -> what SQLite is given (it would store a numpy integer as a blob of bytes)."""
 
 
-def encoded(record: Row | Confirmed | Measurement) -> tuple[object, ...]:
+def encoded(record: Row | Confirmed | Measurement | Weighed) -> tuple[object, ...]:
     """Give the values of a record's columns. Raises `ValueError` for NaN, which SQLite and JSON do not know."""
     values = tuple(_COLUMN[str(field.type)](getattr(record, field.name)) for field in dataclasses.fields(record))
     if any(isinstance(value, float) and math.isnan(value) for value in values):

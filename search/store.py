@@ -1,4 +1,4 @@
-"""The search's SQLite file: every evaluated child, its result on the confirm split, its measured latencies, and how far searches are.
+"""The search's SQLite file: every evaluated child, what was confirmed and measured of it, and how far searches are.
 
 Safe against `kill -9` and against several processes writing at once: a write-ahead log, and every method that writes is one
 transaction. The log is not synced at each commit (`synchronous = NORMAL`): when the machine itself loses power, the last
@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from search.records import Confirmed, Measurement, Record, Row, encoded, now
+from search.records import Confirmed, Measurement, Record, Row, Weighed, encoded, now
 from supernet.durable import sync_folder
 from supernet.errors import InputError
 
@@ -42,8 +42,12 @@ class SavedSearch:
     told: list[tuple[int, str, int]]
 
 
+_WEIGHTS = """CREATE TABLE IF NOT EXISTS weights (
+    key TEXT NOT NULL, target TEXT NOT NULL, batch INTEGER NOT NULL, spans TEXT NOT NULL, created TEXT NOT NULL,
+    PRIMARY KEY (key, target, batch));"""
+"""Files that were written before it existed lack it."""
 # `samples` stand last: a long value continues on other pages, which are then not read for the columns before it.
-_SCHEMA = """
+_SCHEMA = f"""
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE children (
     key TEXT PRIMARY KEY NOT NULL, arch TEXT NOT NULL, stage TEXT NOT NULL, rung INTEGER NOT NULL, images INTEGER NOT NULL,
@@ -53,6 +57,7 @@ CREATE TABLE confirmed (key TEXT PRIMARY KEY NOT NULL, score REAL NOT NULL, imag
 CREATE TABLE measurements (
     key TEXT NOT NULL, target TEXT NOT NULL, latency_ms REAL NOT NULL, latency_ms_low REAL NOT NULL,
     latency_ms_high REAL NOT NULL, detail TEXT NOT NULL, created TEXT NOT NULL, PRIMARY KEY (key, target));
+{_WEIGHTS}
 CREATE TABLE searches (id TEXT PRIMARY KEY NOT NULL, generation INTEGER NOT NULL, state TEXT NOT NULL, saved TEXT NOT NULL);
 CREATE TABLE told (
     search TEXT NOT NULL, generation INTEGER NOT NULL, position INTEGER NOT NULL, key TEXT NOT NULL, rung INTEGER NOT NULL,
@@ -84,6 +89,8 @@ class Store:
         with _checked_connection(path) as connection:
             found = _read_meta(path, connection)
             _check_identity(path, found, identity)
+            if "weights" not in _tables(connection):
+                connection.execute(_WEIGHTS)
             return cls(path, connection, found)
 
     @classmethod
@@ -125,6 +132,16 @@ class Store:
     def measurements(self) -> list[Measurement]:
         """Every measured latency, in the order of insertion."""
         return self._select(Measurement)
+
+    def add_weighed(self, rows: Sequence[Weighed]) -> int:
+        """Write what children weighed, once for each key, target and batch; as `add_confirmed`."""
+        return self._insert(Weighed, rows)
+
+    def weighed(self) -> list[Weighed]:
+        """What children weighed, in the order of insertion."""
+        with _explained(self.path):
+            known = "weights" in _tables(self._connection)
+        return self._select(Weighed) if known else []
 
     def save_search(self, id: str, generation: int, state: Mapping[str, Any], told: Sequence[tuple[str, int]]) -> None:
         """Save in one transaction what the strategy is after `generation`, and the (key, rung) pairs that it was told in it.
@@ -192,7 +209,7 @@ class Store:
         return [self._decode(kind, dict(zip(names, row, strict=True))) for row in found]
 
     def _decode(self, kind: type[Record], named: dict[str, Any]) -> Record:
-        for name in {"costs", "detail"} & named.keys():
+        for name in {"costs", "detail", "spans"} & named.keys():
             named[name] = self._json(named[name], f"{name} of {named['key']}")
         return kind(**named)
 

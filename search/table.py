@@ -1,7 +1,8 @@
 """The children of a search as a table: what is known of each in one row, for the terminal and for other programs.
 
 A row is a dict with the same columns for every child: key, stage, rung, score, images, confirm_score, each cost, latency_ms@TARGET with
-its interval for every target measured on, macs_spent, seconds, created, and every dimension of the arch as `arch.NAME`.
+its interval for every target measured on, likewise what was weighed there, macs_spent, seconds, created, and every dimension of the
+arch as `arch.NAME`.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ def children(store: Store, columns: Columns | None = None) -> list[Child]:
     Raises `InputError` where the file is damaged.
     """
     confirmed = {each.key: each for each in store.confirmed(samples=False)}
-    latencies = _latencies(store)
-    targets = sorted({name for known in latencies.values() for name in known})
+    measured = _measured(store)
+    targets = sorted({name for known in measured.values() for name in known})
     found = []
     for row in store.rows(samples=columns is not None):
-        result, known = confirmed.get(row.key), latencies.get(row.key, {})
+        result, known = confirmed.get(row.key), measured.get(row.key, {})
         found.append({
             "key": row.key, "stage": row.stage, "rung": row.rung, "score": row.score, "images": row.images,
             "confirm_score": result.score if result else None, "confirm_images": result.images if result else None, **row.costs,
@@ -55,12 +56,16 @@ def children(store: Store, columns: Columns | None = None) -> list[Child]:
     return [{name: child.get(name) for name in names} for child in found]
 
 
-def _latencies(store: Store) -> dict[str, dict[str, float]]:
-    """Key of a child -> column -> milliseconds."""
+def _measured(store: Store) -> dict[str, dict[str, float]]:
+    """Key of a child -> column -> what was measured: latencies in ms, and weights."""
     found: dict[str, dict[str, float]] = {}
     for each in store.measurements():
         values = {"latency_ms": each.latency_ms, "latency_ms_low": each.latency_ms_low, "latency_ms_high": each.latency_ms_high}
         found.setdefault(each.key, {}).update({f"{name}@{each.target}": value for name, value in values.items()})
+    for weighed in store.weighed():
+        for metric, (low, middle, high) in weighed.spans.items():
+            values = {metric: middle, f"{metric}_low": low, f"{metric}_high": high}
+            found.setdefault(weighed.key, {}).update({f"{name}@{weighed.target}": value for name, value in values.items()})
     return found
 
 

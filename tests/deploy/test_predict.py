@@ -88,6 +88,19 @@ def test_the_environment_of_these_tests_is_bare(bare: dict[str, str], elsewhere:
         assert done.returncode == 1, name
 
 
+@pytest.mark.parametrize("how", ["bundle", "package"])
+def test_nothing_is_written_into_the_home_directory(
+    how: str, shipped: Path, images: Path, bare: dict[str, str], tmp_path: Path
+) -> None:
+    home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    model = f"open({str(shipped / 'model.onnx')!r}, 'rb').read()"
+    code = f"from deploy.runtimes.onnxruntime import OnnxRuntime; OnnxRuntime().load({model})"
+    command = [shipped / "predict.py", some_image(images)] if how == "bundle" else ["-c", code]
+    env = {name: value for name, value in (bare if how == "bundle" else os.environ).items() if name != "ORT_DISABLE_TELEMETRY"}
+    subprocess.run([sys.executable, *command], env={**env, **home}, capture_output=True, timeout=60, check=True)
+    assert [path for path in tmp_path.rglob("*") if "python" not in str(path).lower()] == []
+
+
 def test_every_listed_image_is_predicted_as_at_export(script: Script, shipped: Path, images: Path, tiny_bundle: Bundle) -> None:
     done = script(shipped, "--check", images)
     assert (done.returncode, done.stderr) == (0, "")

@@ -20,7 +20,18 @@ from numpy.typing import NDArray
 from scipy.stats import binom
 
 from deploy import timing
-from deploy.timing import CLOCKS, LEAST_ROUNDS, WIDTH, Timing, median_interval, quiet_end, summary, time_interleaved
+from deploy.timing import (
+    CLOCKS,
+    LEAST_ROUNDS,
+    TOGETHER,
+    WIDTH,
+    Timing,
+    alike,
+    median_interval,
+    quiet_end,
+    summary,
+    time_interleaved,
+)
 
 TRACES = Path(__file__).parents[1] / "golden" / "timing_traces.json"
 
@@ -113,6 +124,85 @@ def test_the_quiet_end_lies_above_a_tenth_of_all_calls_with_95_percent_and_no_lo
 def test_the_quiet_end_lies_above_the_tenth_in_95_percent_of_simulations(count: int) -> None:
     samples = np.random.default_rng(count).exponential(size=(2000, count))
     assert np.mean([quiet_end(row) >= -math.log(0.9) for row in samples]) >= 0.95
+
+
+# --- what a round has in common ---
+
+
+@given(st.integers(0, 2**32), st.integers(1, 12), st.integers(1, 12))
+def test_what_others_took_is_the_median_without_oneself(seed: int, rounds: int, calls: int) -> None:
+    rng = np.random.default_rng(seed)
+    values = np.where(rng.random((rounds, calls)) < 0.3, np.nan, rng.standard_normal((rounds, calls)))
+    found = timing._others(values)
+    for row, column in np.ndindex(values.shape):
+        others = np.delete(values[row], column)
+        others = others[~np.isnan(others)]
+        wanted = np.nan if np.isnan(values[row, column]) else np.median(others) if len(others) else 0.0
+        np.testing.assert_equal(found[row, column], wanted)
+
+
+def test_a_speed_that_all_calls_of_a_round_share_is_taken_out_exactly() -> None:
+    rng = np.random.default_rng(0)
+    latencies, speeds = rng.uniform(0.1, 50, 12), rng.choice([1.0, 1.4], 30)
+    times = latencies * speeds[:, None]
+    times[20:, :4] = np.nan
+    found = alike(times)
+    assert np.array_equal(np.isnan(found), np.isnan(times))
+    ratio = found / latencies
+    assert np.nanmax(ratio) == pytest.approx(np.nanmin(ratio), rel=1e-12)
+    assert 0.999 <= np.nanmin(ratio) <= 1.401
+
+
+@pytest.mark.parametrize("calls", [TOGETHER, 24])
+def test_intervals_stay_honest_where_a_round_has_something_in_common(calls: int) -> None:
+    """Of calls with noise of their own 95 % lie within their intervals, whatever all share; these are as wide as without it."""
+    rng, held, widths = np.random.default_rng(calls), [], []
+    for _ in range(60):
+        own = np.exp(0.05 * rng.standard_normal((30, calls)))
+        shared = np.exp(0.3 * np.repeat(rng.standard_normal(10), 3)[:, None])
+        found = alike(own * shared)
+        scale = np.exp(np.median(np.log(found)))  # what the rounds usually were like is not known
+        ends = np.array([median_interval(column) for column in found.T]) / scale
+        held.append((ends[:, 0] <= 1) & (ends[:, 1] >= 1))
+        widths.append(ends[:, 1] - ends[:, 0])
+    alone = [np.diff(median_interval(np.exp(0.05 * rng.standard_normal(30)))) for _ in range(500)]
+    assert np.mean(held) >= 0.93
+    assert 0.95 <= np.mean(widths) / np.mean(alone) <= 1.15
+
+
+def test_many_calls_on_a_machine_whose_speed_changes_are_known_where_one_is_not(clock: FakeTime) -> None:
+    def call(number: int, rng: np.random.Generator) -> Callable[[], None]:
+        def work() -> None:
+            busy = int(clock.wall_ns / 2e8) % 2 == 0  # a neighbour, now and then for 200 ms
+            clock.work((1.0 + number) * (1.5 if busy else 1.0) * math.exp(0.002 * rng.standard_normal()))
+
+        return work
+
+    found = time_interleaved([call(number, np.random.default_rng(number)) for number in range(10)], most_seconds=5.0)
+    assert all(each.stable for each in found)
+    ratios = [each.latency_ms / (1 + number) for number, each in enumerate(found)]
+    assert max(ratios) / min(ratios) < 1.01
+    assert max(each.p95_ms / each.min_ms for each in found) > 1.4  # as the clock was read
+    (alone,) = time_interleaved([call(9, np.random.default_rng(0))], most_seconds=1.0)
+    assert not alone.stable
+
+
+def test_few_that_are_not_settled_keep_company(clock: FakeTime) -> None:
+    rounds: Counter[int] = Counter()
+
+    def call(number: int) -> Callable[[], None]:
+        rng = np.random.default_rng(number)
+
+        def work() -> None:
+            rounds[number] += 1
+            clock.work(10.0 * math.exp((0.3 if number == 9 else 0.001) * rng.standard_normal()))
+
+        return work
+
+    found = time_interleaved([call(number) for number in range(10)], most_seconds=10.0)
+    assert [each.stable for each in found] == [True] * 9 + [False]
+    assert sum(each.samples == found[9].samples for each in found) == TOGETHER
+    assert sum(each.samples == LEAST_ROUNDS for each in found) == 10 - TOGETHER
 
 
 # --- rounds ---

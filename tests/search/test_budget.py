@@ -83,7 +83,10 @@ def test_a_suffix_is_exact_in_decimals(number: object, suffix: str) -> None:
         ("latency_ms=>8", "write <= or >= in place of =>"),
         ("latency_ms=8", "write <= or >= in place of ="),
         ("latency_ms≤8", "write <= or >= in place of ≤"),
-        ("macs@pi4<=8M", "macs is the same on every target, only latency_ms is of one: leave out '@pi4'"),
+        (
+            "macs@pi4<=8M",
+            "macs is the same on every target, only latency_ms, resident_bytes, load_ms, first_ms, images_per_s are",
+        ),
         ("latency_ms@<=8", "a target's name is 1 to 60 letters, digits, dots, underscores and hyphens, but is ''"),
         ("latency_ms@pi 4<=8", "but is 'pi 4'"),
         ("latency_ms@pi@4<=8", "but is 'pi@4'"),

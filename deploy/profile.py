@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from supernet import durable
+from supernet.errors import InputError
+
 if TYPE_CHECKING:
     from deploy.latency import LatencyModel
     from supernet.space import Space
@@ -35,9 +38,10 @@ def profile(
     from deploy.places import parse_target
     from deploy.plan import Plan
     from deploy.profiling import imported, write_profile_kit
-    from supernet.errors import InputError
 
     found, run = _space(space)
+    if out is not None:
+        _refuse_other(out, kit=target.startswith("kit") and import_ is None)
     if (kit is None) != (import_ is None):
         raise InputError(
             "--import RESULTS and --kit KIT belong together: give the zip that was run and the results.json of its run"
@@ -71,6 +75,25 @@ def _space(text: str) -> tuple[Space, Path | None]:
 
     path = Path(text)
     return (Run.open(path).space, path) if path.is_dir() else (load_space(text), None)
+
+
+def _refuse_other(out: Path, *, kit: bool) -> None:
+    """Raise `InputError` where a file at `out` that is something else would be lost, or nothing can be written there."""
+    import json
+    import zipfile
+
+    durable.refuse_unwritable(out.parent)
+    if not out.parent.is_dir():
+        raise InputError(f"{out.parent} is no folder: make it, or choose another --out")
+    if not out.exists():
+        return
+    try:
+        ours = zipfile.is_zipfile(out) if kit else "coefficients" in json.loads(out.read_text())
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
+        what = "kit" if kit else "latency model"
+        raise InputError(f"{out} exists and is no {what}, so that it would be lost: choose another --out")
 
 
 def _usual(run: Path | None, hash_: str) -> Path:

@@ -67,6 +67,7 @@ class Choice:
         self._against_random(best)
         self._remark_failed()
         self._remark_latency()
+        self._remark_speed()
         self._remark_front(answers)
         self._remark_resolutions()
         front = pareto.front([self.scores[arch] for arch in self.archs], [[self.cost[arch]] for arch in self.archs])
@@ -221,6 +222,18 @@ class Choice:
             if isinstance(target, Kit):
                 self.notes.append(
                     f"latencies on {target.name} are predictions: export the child, then `nestling measure BUNDLE` there"
+                )
+
+    def _remark_speed(self) -> None:
+        """Whether the machine was another one, so to speak, when the finalists were measured than when the model was."""
+        for name, model in self.bench.models.items():
+            timed = [arch for arch in self.archs if name in self.measured.get(arch.key, {})]
+            ratios = [self.measured[arch.key][name].latency_ms / model.predict(self.space, arch) for arch in timed]
+            if ratios and not model.lower_factor <= (ratio := float(np.median(ratios))) <= model.upper_factor:
+                self.notes.append(
+                    f"{self.bench.targets[name].name}: what was measured now is {ratio:.2f} times what the latency model predicts "
+                    f"(median of {len(ratios)} children): the device is {'slower' if ratio > 1 else 'faster'} than when it was "
+                    "profiled; measured values count"
                 )
 
     def _remark_front(self, answers: Sequence[Answer]) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from search.evaluate import Advancing
     from search.found import Child, Found
     from search.loop import Asked
+    from search.objective import Objective
     from search.settings import SearchConfig
     from supernet.arch import Arch
     from supernet.console import Display
@@ -299,8 +300,11 @@ def show(
     from supernet.run import Run
 
     opened = Run.open(run)
+    objective = _other_objective(opened)
     with Store.existing(run / "search" / "search.sqlite") as store:
-        rows = tables.children(store)
+        rows = tables.children(store, opened.task.columns if objective else None)
+    if objective:
+        rows = tables.scored(rows, objective, opened.dataset.split("search_val").labels, len(opened.classes))
     chosen = tables.chosen(rows, stage=stage, budgets=parse_all(budget or []), sort=sort or "score")
     shown = chosen[:limit] if sort else tables.best_by_zone(chosen, zones=min(limit, tables.ZONES))
     if as_json:
@@ -311,7 +315,23 @@ def show(
         if sort
         else "the best of each zone of macs, * where none cheaper is as good; --sort score lists all"
     )
-    print_table(tables.for_terminal(shown, opened.task.show), f"{len(rows)} children evaluated, {len(chosen)} match; {order}")
+    what = f"score is {opened.task.title}" + (f", the latest search was for {objective.title}" if objective else "")
+    print_table(
+        tables.for_terminal(shown, opened.task.show), f"{len(rows)} children evaluated, {len(chosen)} match; {order}; {what}"
+    )
+
+
+def _other_objective(run: Run) -> Objective | None:
+    """The objective of the latest search, where that is not the task's own metric, and known by its name alone."""
+    from search.found import Found
+    from search.objective import objective_named
+    from supernet.errors import InputError
+
+    try:
+        name = Found.load(run).objective
+        return objective_named(name, run.task) if name != run.task.metric else None
+    except InputError:
+        return None
 
 
 def export(
@@ -327,8 +347,11 @@ def export(
     from supernet.run import Run
 
     opened = Run.open(run)
+    objective = _other_objective(opened)
     with Store.existing(run / "search" / "search.sqlite") as store:
-        rows = tables.children(store, opened.task.columns if samples else None)
+        rows = tables.children(store, opened.task.columns if samples or objective else None)
+    if objective:
+        rows = tables.scored(rows, objective, opened.dataset.split("search_val").labels, len(opened.classes), keep=samples)
     print(f"{tables.export(rows, out)}: {len(rows)} children")
 
 

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from search import pareto
-from search.budget import Budget
+from search.budget import Budget, parse_all
+from search.found import Found
 from search.store import Store
 from search.table import Child, children
 from supernet import durable
@@ -186,13 +187,13 @@ def _optuna() -> Any:
 
 
 def dashboard(
-    run: Run, *, port: int = 8080, budgets: Sequence[Budget] = (), say: Callable[[str], None] = print,
+    run: Run, *, port: int = 8080, budgets: Sequence[Budget] | None = None, say: Callable[[str], None] = print,
     going: Callable[[], bool] = lambda: True,
 ) -> None:  # fmt: skip
     """Show a run's search in optuna-dashboard on this machine, until interrupted; children found meanwhile appear by themselves.
 
-    `port` 0 takes a free one. `going` is asked every `REFRESH_SECONDS`. Raises `InputError` where nothing was searched yet, a package
-    is missing, the port is taken, or the run is shown already.
+    `budgets` are those of the run's latest search, unless given. `port` 0 takes a free one. `going` is asked every `REFRESH_SECONDS`.
+    Raises `InputError` where nothing was searched yet, a package is missing, the port is taken, or the run is shown already.
     """
     folder = run.path / "search"
     with (
@@ -200,7 +201,8 @@ def dashboard(
         durable.locked(folder / "dashboard.lock", f"the dashboard of {run.path}"),
     ):
         mirror = Mirror(
-            folder / "dashboard.jsonl", run.space, name=run.path.absolute().name, metric=run.task.metric, budgets=budgets,
+            folder / "dashboard.jsonl", run.space, name=run.path.absolute().name, metric=run.task.metric,
+            budgets=_of_latest(run) if budgets is None else budgets,
             images=len(run.dataset.split("search_val")),
         )  # fmt: skip
         table = children(store)
@@ -214,6 +216,14 @@ def dashboard(
                         f"the dashboard at {address} ended by itself (exit code {server.wait(REFRESH_SECONDS)}): start it again"
                     )
                 mirror.update(children(store))
+
+
+def _of_latest(run: Run) -> tuple[Budget, ...]:
+    """The budgets of the latest search that came to its end; none where there is none."""
+    try:
+        return parse_all(Found.load(run).budgets)
+    except InputError:
+        return ()
 
 
 @contextlib.contextmanager

@@ -128,14 +128,26 @@ class PerImage(_Shown):
     unit: str
     function: Callable[[Samples, Labels], Values]
 
+    def __post_init__(self) -> None:
+        if not self.name or self.name in OBJECTIVES:
+            raise InputError(f"an objective of your own has a name of its own, but got {self.name!r}, "
+                             f"and {', '.join(OBJECTIVES)} are taken: choose another")  # fmt: skip
+
     def values(self, samples: Samples, labels: Labels, classes: int) -> Values:
-        """What the function gives. Raises `InputError` where that is not a finite number (or bool) for every image."""
-        given = np.asarray(self.function(samples, labels))
-        if given.shape != labels.shape or given.dtype.kind not in "bfiu" or not np.isfinite(given).all():
+        """What the function gives. Raises `InputError` where it fails, or that is not a finite number (or bool) for every image."""
+        wanted = f"the objective {self.name} gives a finite number for each of {len(labels)} images, larger is better"
+        try:
+            given = np.asarray(self.function(samples, labels))
+        except Exception as error:  # whatever a user's code raises
             raise InputError(
-                f"the objective {self.name} gives a finite number for each of {len(labels)} images, larger is better, but gave "
-                f"{given.dtype} of shape {given.shape}: correct its function"
-            )
+                f"{wanted}, but its function failed ({type(error).__name__}: {error}): correct it; samples have {', '.join(samples)}"
+            ) from error
+        if given.shape != labels.shape or given.dtype.kind not in "bfiu":
+            raise InputError(f"{wanted}, but gave {given.dtype} of shape {given.shape}: correct its function")
+        if not np.isfinite(given).all():
+            first = int(np.flatnonzero(~np.isfinite(given))[0])
+            raise InputError(f"{wanted}, but gave {given[first]} for image {first}, one of {int((~np.isfinite(given)).sum())} that are "
+                             "not finite: correct its function")  # fmt: skip
         return given if given.dtype == bool else given.astype(np.float64)
 
 

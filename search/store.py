@@ -97,7 +97,7 @@ class Store:
     def existing(cls, path: Path) -> Store:
         """Open a file that a search has written, whatever it belongs to; `identity` then says it. Raises as `open` does."""
         if not path.is_file():
-            raise InputError(f"{path}: there is no search file here: run the search first, or give the path of its file")
+            raise InputError(f"{path}: nothing was searched here yet: search the run first (`nestling search RUN`)")
         with _checked_connection(path) as connection:
             return cls(path, connection, _read_meta(path, connection))
 

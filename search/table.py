@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from search import pareto
 from search.budget import Budget
+from search.objective import OBJECTIVES, Objective
 from search.records import Row
 from search.store import Store
 from supernet import durable
@@ -83,6 +85,22 @@ def _samples(store: Store, row: Row, columns: Columns) -> dict[str, Any]:
         raise InputError(
             f"{store.path}: the samples of {row.key} are damaged ({error}): restore a copy, or search again"
         ) from error
+
+
+def scored(
+    table: Sequence[Child], objective: Objective, labels: NDArray[np.int64], classes: int, *, keep: bool = False
+) -> list[Child]:
+    """Rows of `children` with samples, and a column of the objective's mean on the images that each was scored on.
+
+    `labels` are those of the search split, shape (images,). The samples are left out, unless they are to be kept.
+    """
+    found = []
+    for child in table:
+        samples = {name.removeprefix("samples."): child[name] for name in child if name.startswith("samples.")}
+        value = float(objective.values(samples, labels[: child["images"]], classes).mean(dtype=np.float64))
+        others = {name: each for name, each in child.items() if keep or not name.startswith("samples.")}
+        found.append({"key": others.pop("key"), objective.name: value, **others})
+    return found
 
 
 # --- choosing rows ---
@@ -181,7 +199,8 @@ def for_terminal(table: Sequence[Child], show: Callable[[float], str]) -> list[d
         }  # fmt: skip
         found.append({
             **({"front": "*" if child["front"] else ""} if "front" in child else {}),
-            "key": child["key"], "score": show(child["score"]), "images": child["images"],
+            "key": child["key"], "score": show(child["score"]),
+            **{name: each.show(child[name]) for name, each in OBJECTIVES.items() if name in child}, "images": child["images"],
             "confirm": "-" if child["confirm_score"] is None else show(child["confirm_score"]),
             **{name: int(child[name]) for name in ("macs", "params") if child.get(name) is not None}, **latencies,
             "stage": child["stage"], "rung": child["rung"],

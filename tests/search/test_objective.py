@@ -253,7 +253,21 @@ TWO = np.zeros(2, np.int64)
         (lambda: OBJECTIVES["top1"].values({"rank": TWO}, TWO[:1], 5), "2 images and 1 labels"),
         (lambda: OBJECTIVES["macro_f1"].values({"predicted": TWO[:0]}, TWO[:0], 5), "at least one image"),
         (lambda: PerImage("x", "x", "", lambda samples, labels: TWO[:1]).values({}, TWO, 1), "correct its function"),
-        (lambda: PerImage("x", "x", "", lambda samples, labels: TWO * np.nan).values({}, TWO, 1), "correct its function"),
+        (
+            lambda: PerImage("x", "x", "", lambda samples, labels: np.array([0.0, np.nan])).values({}, TWO, 1),
+            "gave nan for image 1, one of 1 that are not finite: correct its function",
+        ),
+        (
+            lambda: PerImage("x", "x", "", lambda samples, labels: 1 / 0).values({"rank": TWO}, TWO, 1),
+            r"its function failed .ZeroDivisionError: division by zero.: correct it; samples have rank",
+        ),
+        (
+            lambda: PerImage("x", "x", "", lambda samples, labels: samples["sure"]).values({"rank": TWO}, TWO, 1),
+            "its function failed .KeyError: 'sure'.: correct it; samples have rank",
+        ),
+        (lambda: PerImage("x", "x", "", lambda samples, labels: [[1], [1, 2]]).values({}, TWO, 1), "its function failed"),
+        (lambda: PerImage("top1", "x", "", lambda samples, labels: TWO), "has a name of its own, but got 'top1'"),
+        (lambda: PerImage("", "x", "", lambda samples, labels: TWO), "has a name of its own, but got ''"),
         (
             lambda: PerImage("x", "x", "", lambda samples, labels: np.array(["a", "b"])).values({}, TWO, 1),
             "correct its function",

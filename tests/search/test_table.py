@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from search.budget import parse_all
+from search.objective import OBJECTIVES
 from search.records import Confirmed, Measurement, Row
 from search.store import Store
-from search.table import best_by_zone, children, chosen, export, for_terminal
+from search.table import best_by_zone, children, chosen, export, for_terminal, scored
 from supernet.errors import InputError
 from supernet.samples import pack
 from supernet.task import Classification
@@ -106,6 +107,20 @@ def test_samples_come_only_when_asked_for_and_image_by_image(store: Store) -> No
         for name, values in samples_of(row.images, int(row.key, 16)).items():
             assert child[f"samples.{name}"].shape == (row.images,)
             assert (child[f"samples.{name}"] == values).all()
+
+
+def test_another_objective_is_a_column_of_its_own(store: Store) -> None:
+    table = children(store, TASK.columns)
+    labels = np.arange(max(child["images"] for child in table)) % 3
+    found = scored(table, OBJECTIVES["balanced_accuracy"], labels, 3)
+    for child, row_ in zip(table, found, strict=True):
+        right = (child["samples.rank"] == 0).astype(float)
+        here = labels[: child["images"]]
+        recalls = [right[here == label].mean() for label in np.unique(here)]
+        assert row_["balanced_accuracy"] == pytest.approx(np.mean(recalls))
+        assert row_["score"] == child["score"] and not any(name.startswith("samples.") for name in row_)
+    assert "samples.rank" in scored(table, OBJECTIVES["balanced_accuracy"], labels, 3, keep=True)[0]
+    assert for_terminal(found, "{:.1%}".format)[0]["balanced_accuracy"] == f"{found[0]['balanced_accuracy']:.2%}"
 
 
 @pytest.mark.parametrize("change", ["samples = x'00'", "samples = substr(samples, 1, 5)", "images = 7"])

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,9 +63,11 @@ def archs_of(space: Space, model: LatencyModel, part: str) -> list[Arch]:
     return [space.arch(dict(child.choices), part) for child in getattr(model, part)]
 
 
-def measured(space: Space, target: Target, held_out: int, children: int) -> tuple[LatencyModel, dict[str, dict[str, float]]]:
+def measured(
+    space: Space, target: Target, held_out: int, children: int, log: Path | None = None
+) -> tuple[LatencyModel, dict[str, dict[str, float]]]:
     """The model, and the errors of all four."""
-    model = profile(space, target, children=children, held_out=held_out, progress=lambda text: None)
+    model = profile(space, target, children=children, held_out=held_out, progress=lambda text: None, log=log)
     truth = np.array([child.latency_ms for child in model.held_out])
     own = np.array([child.predicted_ms for child in model.held_out])
     rows = {"blocks": errors(own, truth), **{name: errors(each, truth) for name, each in rivals(space, model).items()}}
@@ -102,6 +105,7 @@ def main() -> None:
     parser.add_argument("--target", default="local")
     parser.add_argument("--precision", choices=("fp32", "int8"), default="fp32")
     parser.add_argument("--repeat", action="store_true", help="measure twice")
+    parser.add_argument("--logs", type=Path, help="a folder for what was timed, to go on from")
     parser.add_argument("--quick", action="store_true", help="one small space, 10 children held out")
     given = parser.parse_args()
     spaces, children, held_out = (["cifar-resnet"], 10, 10) if given.quick else (given.spaces, 20, HELD_OUT)
@@ -110,7 +114,8 @@ def main() -> None:
     found: dict[str, Any] = {}
     for name in spaces:
         space = load_space(name)
-        model, rows = measured(space, target, held_out, children)
+        log = given.logs / f"{name}-{target.name}.log" if given.logs else None
+        model, rows = measured(space, target, held_out, children, log)
         show(name, model, rows)
         found[name] = {**rows.pop("blocks"), "held_out": len(model.held_out), "minutes": model.minutes, "drift": model.drift,
                        "blocks": len(model.blocks), "rivals": rows}  # fmt: skip

@@ -69,8 +69,8 @@ class Plan:
 
     @property
     def anchor(self) -> Job:
-        """The child that is in every group."""
-        return Job(ANCHOR, partial(_child, self.space, self.whole[len(self.whole) // 2], self.precision), whole=True)
+        """The child that is in every group: the smallest, which costs the least time."""
+        return Job(ANCHOR, partial(_child, self.space, self.space.smallest, self.precision), whole=True)
 
     def jobs(self) -> list[Job]:
         """All blocks and children, in an order that has nothing to do with what they are."""

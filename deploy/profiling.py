@@ -30,7 +30,7 @@ from supernet.costs import Costs
 from supernet.errors import InputError
 from supernet.space import Space
 
-FORMAT = 1
+FORMAT = 2
 BLOCK_WIDTH, BLOCK_SECONDS = 0.1, 10.0
 """How sure the time of a single block has to be: a child has some twenty, whose errors even out."""
 

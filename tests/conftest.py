@@ -27,14 +27,14 @@ pytest.register_assert_rewrite("deploy.conformance")
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
-SLOW_CONFORMANCE = ("for_200_children", "arch-0", "arch-1", "arch-2", "every_batch_size[1]", "-foreach", "-fused")
+SLOW_CONFORMANCE = ("arch-0", "arch-1", "arch-2", "every_batch_size[1]", "-foreach", "-fused")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Much of the conformance suite is slow here; whoever runs it over a family of their own runs all of it."""
     for item in items:
-        if "for_200_children" in item.name and ("test_mbconv" in item.nodeid or "TestOdd" in item.nodeid):
-            item.add_marker(pytest.mark.nightly)  # the digits are of that family too
+        if "for_200_children" in item.name:
+            item.add_marker(pytest.mark.nightly)  # a few children are counted in every run
         if "conformance" in item.path.parts and any(part in item.name for part in SLOW_CONFORMANCE):
             item.add_marker(pytest.mark.slow)
 

@@ -40,7 +40,7 @@ def test_a_family_of_ones_own_passes_the_conformance_suite_outside_this_project(
 SCRIPTS = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if "__main__" in path.read_text()]
 MINUTES: dict[str, list[str]] = {
     "gpu_check": ["--device", "cpu"], "quality_cifar": [], "train_step": [], "ranking": [], "worth_it": [], "search_cost": [],
-    "search_eval": [], "search_cluster": [], "racing": [],
+    "search_eval": [], "search_cluster": [], "racing": [], "search_truth": [], "latency_model": [], "exactness": [],
 }  # fmt: skip
 """Benchmarks that are run by hand, and their options."""
 

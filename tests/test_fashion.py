@@ -11,7 +11,7 @@ from supernet.costs import arch_costs
 from tests.real_data import fashion_npz
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_search_tells_children_apart_where_they_really_differ(tmp_path: Path) -> None:
     data = fashion_npz(tmp_path / "fashion.npz", train=8000, test=2000)
     run = nestling.train(data, out=tmp_path / "run", space="digits", epochs=3, overrides={"calibration_images": 512})

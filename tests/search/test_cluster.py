@@ -147,7 +147,7 @@ def test_a_run_whose_weights_changed_is_not_packed(run_copy: Run) -> None:
         packed(run_copy)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_actors_find_what_one_process_finds_and_leave_nothing_behind(
     tiny_run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,7 +191,7 @@ def test_an_actor_is_killed_in_mid_generation_and_nothing_is_lost_or_doubled(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["kills", "raises"])
+@pytest.mark.parametrize("kind", [pytest.param("kills", marks=pytest.mark.nightly), "raises"])
 def test_a_child_that_cannot_be_evaluated_fails_alone(
     tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:

@@ -162,7 +162,7 @@ def regret(make: Any, seed: int, evaluations: int) -> float:
     return float(np.mean([scores[macs <= cap].max() - found[cost <= cap].max() for cap in caps])) * 100
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_on_a_trained_supernet_it_beats_random_search_at_equal_evaluations() -> None:
     mine = [regret(Predicted, seed, 160) for seed in range(3)]
     usual = [regret(Random, seed, 160) for seed in range(3)]

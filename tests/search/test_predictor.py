@@ -113,7 +113,7 @@ def test_the_usual_gate_seldom_opens_on_noise() -> None:
     assert opened <= 15
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_gate_of_all_models_stays_shut_on_noise() -> None:
     codes, opened = drawn(80), 0
     for seed in range(30):

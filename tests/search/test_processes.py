@@ -240,7 +240,8 @@ def test_two_processes_find_what_one_finds_and_wait_for_a_busy_main_one(tiny_run
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("job", "message"), [
-    ("unreadable", "no such image"), ("refused", "no such budget"), ("others", "every process needs the same weights"),
+    ("unreadable", "no such image"), ("others", "every process needs the same weights"),
+    pytest.param("refused", "no such budget", marks=pytest.mark.nightly),
 ])  # fmt: skip
 def test_an_error_of_either_process_is_told_once_by_the_main_one(tiny_run: Run, tmp_path: Path, job: str, message: str) -> None:
     done = torchrun(job, tiny_run, tmp_path)

@@ -1,7 +1,7 @@
 """Measuring a bundle on a target: latency, memory, time to load, throughput. What was found goes into a card (`deploy/measurement.py`).
 
-A machine may be twice as slow for seconds (another program on the core's other thread, heat), which an interval taken within a second
-does not show. So the latency is taken in several sittings, apart in time, with the model loaded anew, and the interval is theirs.
+A machine may be slower by half for seconds (another program on the core's other thread, heat), which an interval taken within a second
+does not show. So the latency is taken in several sittings, apart in time, with the model loaded anew; it is the least of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MOST_BATCH = 4096
 ENDINGS = {"executorch": ".pte"}
 """Runtime -> what the names of its files end in, where that is not .onnx."""
 SITTINGS, PAUSE_SECONDS = 6, 1.0
-"""Six is the least number whose range holds a median at 95 %."""
+"""In a second one the machine may have been quiet, too: then the latency is known."""
 
 
 @runtime_checkable
@@ -92,20 +92,17 @@ def _sittings(
 def pooled(taken: Sequence[Timing], width: float) -> Timing:
     """One timing of several sittings; of a single one, that itself.
 
-    By CPU time the latency is the median of the sittings' and the interval their range, which holds the median of such sittings at
-    97 % where there are six of them (binomial). By the wall clock it is the least, and the interval ends where a second sitting came
-    to, and where any was quiet. Medians and `p95_ms` are medians of the sittings', means are means of all samples.
+    The latency is the least, and the interval ends where a second sitting came to, and where any was quiet. Medians and `p95_ms` are
+    medians of the sittings', means are means of all samples.
     """
     if len(taken) == 1:
         return taken[0]
     latencies, clock = sorted(timing.latency_ms for timing in taken), taken[0].clock
-    latency, low, high = float(np.median(latencies)), latencies[0], latencies[-1]
-    if clock == "wall":
-        latency, high = low, max(latencies[1], min(timing.high_ms for timing in taken))
-    stable, why = high - low <= width * latency, ""
+    latency, high = latencies[0], max(latencies[1], min(timing.high_ms for timing in taken))
+    stable, why = high - latency <= width * latency, ""
     if not stable:
-        why = f"the sittings gave {latencies[0]:.4g} to {latencies[-1]:.4g} ms, and the 95 % interval is "
-        why += f"{100 * (high - low) / latency:.1f} % of the latency where {100 * width:.3g} % is asked for"
+        why = f"the sittings gave {latencies[0]:.4g} to {latencies[-1]:.4g} ms, and the interval is "
+        why += f"{100 * (high - latency) / latency:.1f} % of the latency where {100 * width:.3g} % is asked for"
         why = ": ".join(
             [why, *[timing.why.partition(": ")[2] for timing in taken if timing.why][-1:]]
         )  # the reason, without its figures
@@ -121,7 +118,7 @@ def pooled(taken: Sequence[Timing], width: float) -> Timing:
         return sum(float(getattr(timing, name)) * timing.samples for timing in taken) / samples
 
     return Timing(
-        latency, low, high, least("min_ms"), middle("median_ms"), mean("mean_ms"), middle("p95_ms"), least("wall_min_ms"),
+        latency, latency, high, least("min_ms"), middle("median_ms"), mean("mean_ms"), middle("p95_ms"), least("wall_min_ms"),
         middle("wall_median_ms"), mean("wall_mean_ms"), samples, stable, any(timing.throttled for timing in taken), why, clock,
         taken[-1].load, mean("steal"),
     )  # fmt: skip

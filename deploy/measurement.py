@@ -17,7 +17,7 @@ from typing import Any
 
 from deploy.card import plain
 from deploy.targets import CLOCKS, Weight
-from deploy.timing import LEAST_ROUNDS, LEAST_SAMPLE_MS, MOST_ROUNDS, QUIET, WARM_UPS, Timing
+from deploy.timing import LEAST_SAMPLE_MS, MOST_ROUNDS, QUIET, WARM_UPS, Timing, least_rounds
 from supernet import durable
 from supernet.errors import InputError
 
@@ -28,16 +28,10 @@ LONGEST_SECONDS = 3600.0
 """No model is timed for longer, whatever a card says."""
 APART = 0.1
 """How far the median of the wall clock may lie from the latency before the card says so."""
-STATISTIC = {"cpu": "median of the CPU time of the thread that computes", "wall": "least wall time"}
-SITTING = {
-    "cpu": "until the 95 % interval of the median, by order statistics of the samples (binomial), is as narrow as asked",
-    "wall": f"until at least {QUIET:.0%} of all calls, at 95 % (binomial), lie as near to the least as asked",
-}
-"""When a sitting ends, unless its time is over."""
-INTERVAL = {
-    "cpu": "the range of the sittings, of which the latency is the median: it holds the median of all such sittings at 97 %",
-    "wall": "from the least of all sittings to what a second one came to",
-}
+STATISTIC = {"cpu": "least CPU time of the thread that computes", "wall": "least wall time"}
+SITTING = f"until at least {QUIET:.0%} of all calls, at 95 % (binomial), lie as near to the least as asked, or the time is over"
+"""When a sitting ends."""
+INTERVAL = "from the least of all sittings to what a second one came to, and where any was quiet"
 INSIDE = (
     "one inference of one image (batch 1), from numbers in memory to numbers in memory, on random inputs",
     "a warm model: the same call was made just before, and nothing was done in between",
@@ -49,7 +43,7 @@ OUTSIDE = (
     "other threads of the application, and copies from and to another device",
 )
 WAITING = {
-    "cpu": "waiting for the processor while others have it: that is in the wall times, not in the CPU time",
+    "cpu": "waiting for the processor while others have it, and what others on the same core cost: the wall median has both",
     "wall": "waiting for the processor while others have it: the least wall time is without it, the median is with it",
 }
 
@@ -79,7 +73,7 @@ class Measured:
         if not timing.stable:
             found.append(f"not known as well as was asked for: {timing.why}")
         if abs(self.apart) > APART:
-            than = "the CPU time" if timing.clock == "cpu" else "the least"
+            than = "the least CPU time" if timing.clock == "cpu" else "the least"
             found.append(
                 f"the median by the wall clock is {timing.wall_median_ms:.4g} ms, {signed(self.apart)} against {than} of "
                 f"{timing.latency_ms:.4g} ms: an application sees more than the latency while this machine is as it was "
@@ -159,12 +153,12 @@ class Measurement:
             "clock": CLOCKS[clock],
             "statistic": STATISTIC[clock],
             "sittings": len(self.models[0].sittings_ms),
-            "interval": INTERVAL[clock] if len(self.models[0].sittings_ms) > 1 else "that of the one sitting",
+            "interval": INTERVAL if len(self.models[0].sittings_ms) > 1 else "that of the one sitting",
             "width_asked": self.width,
             "most_seconds": self.most_seconds,
             "batch": 1,
             "warm_ups": WARM_UPS,
-            "rounds": f"{LEAST_ROUNDS} to {MOST_ROUNDS} a sitting, {SITTING[clock]}",
+            "rounds": f"{least_rounds(self.width)} to {MOST_ROUNDS} a sitting, {SITTING}",
             "sample": f"mean of as many calls as take {LEAST_SAMPLE_MS:g} ms, at least one"
             + ("; the quickest of three such" if clock == "wall" else ""),
             "throughput": f"batch {self.batch}, wall clock, the best run",

@@ -22,7 +22,7 @@ from deploy.fit import BASE, Floats, fit, predicted
 from deploy.kit import Kit, job_of, read_results, write_kit
 from deploy.latency import LatencyModel, Whole, ingredients, signature
 from deploy.plan import ANCHOR, CHILDREN, HELD_OUT, Plan
-from deploy.targets import MOST_SECONDS, Model, Target, differing
+from deploy.targets import Model, Target, differing
 from deploy.timing import WIDTH, Timing
 from supernet import durable
 from supernet.arch import Arch
@@ -31,8 +31,10 @@ from supernet.errors import InputError
 from supernet.space import Space
 
 FORMAT = 2
-BLOCK_WIDTH, BLOCK_SECONDS = 0.1, 10.0
+BLOCK_WIDTH, BLOCK_SECONDS = 0.1, 3.0
 """How sure the time of a single block has to be: a child has some twenty, whose errors even out."""
+WHOLE_SECONDS = 60.0
+"""How long a group of whole children is timed at most: the model is as good as these are known."""
 
 Progress = Callable[[str], None]
 
@@ -118,7 +120,7 @@ def measure(plan: Plan, target: Target, log: Log, say: Progress) -> None:
     anchor, groups = plan.anchor.model(), plan.groups(log.known)
     for number, part in enumerate(groups, 1):
         say(f"timing blocks and children on {target.name}: group {number} of {len(groups)}")
-        width, seconds = (WIDTH, MOST_SECONDS) if part[0].whole else (BLOCK_WIDTH, BLOCK_SECONDS)
+        width, seconds = (WIDTH, WHOLE_SECONDS) if part[0].whole else (BLOCK_WIDTH, BLOCK_SECONDS)
         *timings, anchored = target.measure([*(job.model() for job in part), anchor], width=width, most_seconds=seconds)
         for job, timing in zip(part, timings, strict=True):
             log.add(job.key, timing, anchored.latency_ms)

@@ -23,7 +23,7 @@ from deploy.far import Broken, Far, one_line
 from deploy.timing import WIDTH, Timing
 from supernet.errors import InputError
 
-CLOCKS: dict[str, str] = {"cpu": "CPU time of the one thread", "wall": "least wall time"}
+CLOCKS: dict[str, str] = {"cpu": "least CPU time of the one thread", "wall": "least wall time"}
 """What a latency is, in words: it goes where the latency goes."""
 MOST_SECONDS = 20.0
 """How long a group of models is timed at most, where their times vary."""
@@ -220,7 +220,12 @@ class Machine:
         return far
 
     def _packed(self, models: Sequence[Model]) -> tuple[list[dict[str, Any]], list[bytes]]:
-        """What is said of the models, and their bytes as they are sent."""
+        """What is said of the models, and their bytes as they are sent. Raises `InputError` for files that the runtime never reads."""
+        if self.runtime == "executorch" and not all(model.data[4:6] == b"ET" for model in models):
+            raise InputError(
+                "executorch runs .pte programs, but profiles, searches and bundles have ONNX files: use another runtime for the "
+                "target, such as ?runtime=onnxruntime, or measure a program of your own (`deploy.runtimes.executorch.to_program`)"
+            )
         sent = [zlib.compress(model.data, 1) if self.far_away else model.data for model in models]
         listed = [{"bytes": len(data), "packed": self.far_away, "shapes": [model.input_shape]}
                   for model, data in zip(models, sent, strict=True)]  # fmt: skip

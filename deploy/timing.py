@@ -1,11 +1,9 @@
 """The statistics of a timing. Knows no model: it times callables, interleaved, until their latencies are known well enough.
 
-On a shared machine the wall clock is disturbed by others by up to 2x, while the CPU time of the measuring thread is not; where one
-thread does the work, its CPU time is the latency on an idle core, and its median is taken. Where several threads work, only the wall
-clock can be read: what the call takes when nothing disturbs it is the least of it.
-
-CPU time is disturbed too, by whoever uses the same core's other hardware thread, or its caches: for seconds, by tens of percent, and
-all calls alike. Where enough calls are timed in turn, what a round has in common is therefore taken out of each call's time in it.
+The latency is the *least* time: what the call takes when nothing disturbs it. Where one thread does the work, the clock is that
+thread's CPU time, which does not go on while others have the processor; with several threads it is the wall clock. CPU time is
+disturbed too, by tens of percent for seconds, by whoever uses the same core's other hardware thread or its caches: on two shared cores,
+medians of 15 samples of one network differed by 6 % from one another, the least ones by 2 %, of 30 samples by 2 % and 0.7 %.
 
 This file travels to the machines that are measured (`deploy/far.py`): it needs Python 3.9 and numpy, nothing else of Nestling.
 """
@@ -26,18 +24,18 @@ CLOCKS = ("cpu", "wall")
 
 WARM_UPS = 3
 LEAST_ROUNDS, MOST_ROUNDS = 15, 5_000
+LOOSE, LOOSE_ROUNDS = 0.05, 8
+"""Where a wider interval will do, fewer rounds do (an interval of the median at 95 % takes six)."""
 LEAST_SAMPLE_MS = 1.0
 """Shorter calls are repeated within a sample, so that reading the clock does not count."""
 WIDTH = 0.03
 """How wide a 95 % interval may be, as a part of the latency, for the result to be called stable."""
 QUIET = 0.1
-"""Share of the samples of a wall clock that must be as quick as the quickest, within the interval: it was quiet more than once."""
+"""Share of the samples that must be as quick as the quickest, within the interval: the machine was quiet more than once."""
 THROTTLED = 1.5
 """Mean over median of the wall clock beyond which something stops the machine now and then: a quota, or heat."""
 MOST_NUMBER = 1e12
 """No time in ms, and no number of samples, is larger."""
-TOGETHER = 8
-"""Calls in a round from which on what they have in common is known well enough to be taken out."""
 BUSY_STEAL = 0.02
 """Share of the time that a virtual machine waits for its host beyond which it is called busy."""
 
@@ -46,9 +44,9 @@ BUSY_STEAL = 0.02
 class Timing:
     """What a call takes, in ms, with a 95 % interval (`low_ms` to `high_ms`); `stable` where that is as narrow as asked.
 
-    By the clock "cpu" the latency is the median of the thread's CPU time (after `alike`, where many were timed), by "wall" the least
-    wall time. `min_ms` to `p95_ms` are of that clock as it was read, `wall_*_ms` of the wall clock. `why` says why a result is not
-    stable; `throttled` that wall means lie far above medians.
+    The latency is the least time by its clock, "cpu" (of the one thread) or "wall"; `high_ms` is what at least `QUIET` of all calls do
+    not exceed. `min_ms` to `p95_ms` are of that clock, `wall_*_ms` of the wall clock. `why` says why a result is not stable;
+    `throttled` that wall means lie far above medians.
     """
 
     latency_ms: float
@@ -106,102 +104,46 @@ def time_interleaved(
 ) -> list[Timing]:
     """Time every call, in rounds through all of them, so that a drift of the machine's speed touches all alike.
 
-    A call whose interval is at most `width` of its latency leaves the rounds, but for `TOGETHER` that stay with those that are not
-    settled. They go on for at most `most_seconds` (and at least `LEAST_ROUNDS` rounds); what is wider then is not `stable`. Stopping as
-    soon as an interval is narrow costs it about two points of its coverage.
+    A call whose interval is at most `width` of its latency leaves the rounds. They go on for at most `most_seconds` (and at least
+    `least_rounds`); what is wider then is not `stable`.
     """
     if not calls:
         return []
     machine = Watch()
     repeats = [_repeats(call) for call in calls]
-    samples: list[Any] = []
+    samples: list[list[tuple[float, float]]] = [[] for _ in calls]
     start, rng = time.monotonic(), np.random.default_rng(0)
-    going = list(range(len(calls)))
+    going, rounds = list(range(len(calls))), 0
     while going:
-        samples.append(np.full((len(calls), 2), np.nan))
         for position in rng.permutation(going):
-            samples[-1][position] = _sample(calls[position], repeats[position], clock)
-        if len(samples) < LEAST_ROUNDS:
+            samples[position].append(_sample(calls[position], repeats[position], clock))
+        rounds, late = rounds + 1, time.monotonic() - start > most_seconds
+        if rounds < (LOOSE_ROUNDS if late else least_rounds(width)):
             continue
-        if time.monotonic() - start > most_seconds or len(samples) >= MOST_ROUNDS:
+        if late or rounds >= MOST_ROUNDS:
             break
-        going = _unsettled(np.array(samples), clock, width)
+        going = [at for at in going if not _settled(np.array(samples[at]), clock, width)]
     load, steal = machine.load(), machine.steal()
-    return summaries(np.array(samples), clock, width=width, load=load, steal=steal)
+    return [summary(np.array(taken), clock, width=width, load=load, steal=steal) for taken in samples]
 
 
-def summaries(taken: Any, clock: str, *, width: float = WIDTH, load: float = 0.0, steal: float = 0.0) -> list[Timing]:
-    """The timings of samples, shape (rounds, calls, 2): CPU time of the thread and wall time in ms, NaN where a call was not made."""
-    own = own_times(taken, clock)
-    return [
-        summary(taken[known, call], clock, own=own[known, call], width=width, load=load, steal=steal)
-        for call, known in enumerate(~np.isnan(own).T)
-    ]
+def least_rounds(width: float) -> int:
+    """Rounds that are made while there is time, where intervals may be so wide; `LOOSE_ROUNDS` are made in any case."""
+    return LEAST_ROUNDS if width <= LOOSE else LOOSE_ROUNDS
 
 
-def summary(taken: Any, clock: str, *, own: Any = None, width: float = WIDTH, load: float = 0.0, steal: float = 0.0) -> Timing:
-    """The timing of a call's samples, shape (samples, 2): CPU time of the thread and wall time, in ms; `own` as of `own_times`."""
+def summary(taken: Any, clock: str, *, width: float = WIDTH, load: float = 0.0, steal: float = 0.0) -> Timing:
+    """The timing of samples, shape (samples, 2): CPU time of the thread and wall time of a call, in ms."""
     times, wall = taken[:, CLOCKS.index(clock)], taken[:, 1]
-    latency, low, high = estimate(times if own is None else own, clock)
-    stable = high - low <= width * latency
+    low, high = float(times.min()), quiet_end(times)
+    stable = high - low <= width * low
     wall_median, wall_mean = float(np.median(wall)), float(wall.mean())
     throttled = wall_mean > THROTTLED * wall_median
-    why = "" if stable else _why((high - low) / latency if latency else 0.0, width, throttled, load, steal)
+    why = "" if stable else _why((high - low) / low if low else 0.0, width, throttled, load, steal)
     return Timing(
-        latency, low, high, float(times.min()), float(np.median(times)), float(times.mean()), float(np.percentile(times, 95)),
+        low, low, high, low, float(np.median(times)), float(times.mean()), float(np.percentile(times, 95)),
         float(wall.min()), wall_median, wall_mean, len(times), bool(stable), bool(throttled), why, clock, load, steal,
     )  # fmt: skip
-
-
-def own_times(taken: Any, clock: str) -> Any:
-    """What estimates are made of, shape (rounds, calls): CPU times `alike` where the calls are many, else the clock as it was read."""
-    times = taken[:, :, CLOCKS.index(clock)]
-    return alike(times) if clock == "cpu" and times.shape[1] >= TOGETHER and (times[~np.isnan(times)] > 0).all() else times
-
-
-def alike(times: Any) -> Any:
-    """Times of shape (rounds, calls), NaN where a call was not made, as if all rounds had been equally fast.
-
-    A round is so much slower than the usual one as the median of the *other* calls in it is (a median polish, Tukey 1977, in
-    logarithms): a call's own time never explains itself. Raises nothing; times are above 0.
-    """
-    logs = np.log(times)
-    common = np.zeros_like(logs)
-    for _ in range(2):
-        common = _others(logs - np.nanmedian(logs - common, axis=0))
-        common -= np.nanmedian(common)
-    return np.exp(logs - common)
-
-
-def _others(values: Any) -> Any:
-    """For each value the median of the others in its row, of those that are known; where there is no other, 0."""
-    order = np.argsort(values, axis=1)
-    ordered, rank = np.take_along_axis(values, order, axis=1), np.argsort(order, axis=1)
-    others = (~np.isnan(values)).sum(axis=1, keepdims=True) - 1
-
-    def at(place: Any) -> Any:
-        return np.take_along_axis(ordered, np.clip(place + (place >= rank), 0, values.shape[1] - 1), axis=1)
-
-    middle = (at(np.maximum(others - 1, 0) // 2) + at(np.maximum(others, 0) // 2)) / 2
-    return np.where(np.isnan(values), np.nan, np.where(others > 0, middle, 0.0))
-
-
-def estimate(times: Any, clock: str) -> tuple[float, float, float]:
-    """Latency and its 95 % interval from samples of a clock, shape (samples,)."""
-    if clock == "cpu":
-        return (float(np.median(times)), *median_interval(times))
-    least = float(times.min())
-    return least, least, quiet_end(times)
-
-
-def median_interval(samples: Any) -> tuple[float, float]:
-    """Interval that holds the median of whatever distribution the samples come from, at 95 %, by order statistics (binomial).
-
-    With fewer than 6 samples no such interval exists; the range is given then.
-    """
-    ordered, count = np.sort(samples), len(samples)
-    rank = max(0, _rank(count, 0.5, 0.025) - 1)  # 0-based rank of the lower end, at least the confidence
-    return float(ordered[rank]), float(ordered[count - 1 - rank])
 
 
 def quiet_end(samples: Any) -> float:
@@ -225,16 +167,9 @@ def _rank(count: int, share: float, level: float) -> int:
     return count
 
 
-def _unsettled(taken: Any, clock: str, width: float) -> list[int]:
-    """Calls that the next round is made of: those whose interval is too wide, and others beside few of them; none when all is known."""
-    own = own_times(taken, clock)
-    settled = []
-    for call, known in enumerate(~np.isnan(own).T):
-        latency, low, high = estimate(own[known, call], clock)
-        if high - low <= width * latency:
-            settled.append(call)
-    left = [call for call in range(own.shape[1]) if call not in settled]
-    return left + settled[: max(0, TOGETHER - len(left))] if left and own.shape[1] >= TOGETHER and clock == "cpu" else left
+def _settled(taken: Any, clock: str, width: float) -> bool:
+    times = taken[:, CLOCKS.index(clock)]
+    return bool(quiet_end(times) - times.min() <= width * times.min())
 
 
 def _why(found: float, width: float, throttled: bool, load: float, steal: float) -> str:

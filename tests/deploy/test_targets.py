@@ -226,3 +226,11 @@ def test_real_models_are_timed_and_weighed_here() -> None:
     assert all(each.resident_bytes > each.added_bytes > 0 and each.images_per_s > 0 for each in weights)
     assert set(here.conditions()) == {"governor", "frequency_mhz", "temperature_c", "load"}
     here.close()
+
+
+def test_executorch_is_not_sent_what_it_never_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Machine, "_hello", lambda _: {})
+    target = Local(runtime="executorch")
+    for ask in (target.measure, target.weigh):
+        with pytest.raises(InputError, match=r"executorch runs \.pte programs"):
+            ask([Model(b"\x08\x0aan ONNX file", 1, 8)])

@@ -23,11 +23,9 @@ from deploy import timing
 from deploy.timing import (
     CLOCKS,
     LEAST_ROUNDS,
-    TOGETHER,
+    LOOSE_ROUNDS,
     WIDTH,
     Timing,
-    alike,
-    median_interval,
     quiet_end,
     summary,
     time_interleaved,
@@ -68,45 +66,6 @@ def noisy(clock: FakeTime, middle_ms: float, sigma: float, seed: int) -> Callabl
     return lambda: clock.work(middle_ms * math.exp(sigma * rng.standard_normal()))
 
 
-@pytest.mark.parametrize("count", [*range(6, 120), 333, 1000])
-def test_the_interval_holds_the_median_with_95_percent_and_no_narrower_one_does(count: int) -> None:
-    low, high = (
-        int(rank) for rank in median_interval(np.random.default_rng(count).permutation(float(count) + np.arange(count)))
-    )
-    low, high = low - count, high - count  # positions among the ordered samples
-
-    def held(narrower: int) -> float:  # P(more than `low` and at most `high` of `count` samples lie below the median)
-        return float(binom.cdf(high - narrower, count, 0.5) - binom.cdf(low + narrower, count, 0.5))
-
-    assert held(0) >= 0.95 > held(1)
-
-
-@pytest.mark.parametrize("count", [15, 40])
-@pytest.mark.parametrize("shape", ["normal", "lognormal", "spikes", "two speeds"])
-def test_the_interval_holds_the_median_in_95_percent_of_simulations(count: int, shape: str) -> None:
-    rng, trials = np.random.default_rng([count, len(shape)]), 2000
-    normal = rng.standard_normal((trials, count))
-    samples, median = {
-        "normal": (10 + normal, 10.0),
-        "lognormal": (np.exp(normal), 1.0),
-        "spikes": (1 + 0.01 * normal + 5 * (rng.random((trials, count)) < 0.1) * np.sign(normal), 1.0),
-        "two speeds": (np.where(normal < 0, 1.0, 2.0) + 0.1 * normal, 1.5),
-    }[shape]
-    ends = np.array([median_interval(row) for row in samples])
-    assert np.mean((ends[:, 0] <= median) & (median <= ends[:, 1])) >= 0.95
-
-
-@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=60))
-def test_the_interval_is_made_of_samples_and_holds_their_median(samples: list[float]) -> None:
-    low, high = median_interval(np.array(samples))
-    assert {low, high} <= set(samples)
-    assert low <= float(np.median(samples)) <= high
-
-
-def test_fewer_than_6_samples_give_their_range() -> None:
-    assert median_interval(np.array([3.0, 1.0, 2.0])) == (1.0, 3.0)
-
-
 @pytest.mark.parametrize("count", [1, 2, 5, 6, 15, 29, 100, 999, 5000])
 @pytest.mark.parametrize("share", [0.1, 0.5])
 @pytest.mark.parametrize("level", [0.025, 0.4, 0.95])
@@ -114,95 +73,16 @@ def test_ranks_are_quantiles_of_the_binomial_distribution(count: int, share: flo
     assert timing._rank(count, share, level) == int(binom.ppf(level, count, share))
 
 
-@pytest.mark.parametrize("count", [29, 100, 333, 1000])
+@pytest.mark.parametrize("count", [8, 15, 29, 100, 333, 1000])
 def test_the_quiet_end_lies_above_a_tenth_of_all_calls_with_95_percent_and_no_lower_one_does(count: int) -> None:
     rank = int(quiet_end(np.random.default_rng(count).permutation(float(count) + np.arange(count)))) - count
     assert binom.cdf(rank, count, 0.1) >= 0.95 > binom.cdf(rank - 1, count, 0.1)
 
 
-@pytest.mark.parametrize("count", [29, 60])
+@pytest.mark.parametrize("count", [8, 15, 29, 60])
 def test_the_quiet_end_lies_above_the_tenth_in_95_percent_of_simulations(count: int) -> None:
     samples = np.random.default_rng(count).exponential(size=(2000, count))
     assert np.mean([quiet_end(row) >= -math.log(0.9) for row in samples]) >= 0.95
-
-
-# --- what a round has in common ---
-
-
-@given(st.integers(0, 2**32), st.integers(1, 12), st.integers(1, 12))
-def test_what_others_took_is_the_median_without_oneself(seed: int, rounds: int, calls: int) -> None:
-    rng = np.random.default_rng(seed)
-    values = np.where(rng.random((rounds, calls)) < 0.3, np.nan, rng.standard_normal((rounds, calls)))
-    found = timing._others(values)
-    for row, column in np.ndindex(values.shape):
-        others = np.delete(values[row], column)
-        others = others[~np.isnan(others)]
-        wanted = np.nan if np.isnan(values[row, column]) else np.median(others) if len(others) else 0.0
-        np.testing.assert_equal(found[row, column], wanted)
-
-
-def test_a_speed_that_all_calls_of_a_round_share_is_taken_out_exactly() -> None:
-    rng = np.random.default_rng(0)
-    latencies, speeds = rng.uniform(0.1, 50, 12), rng.choice([1.0, 1.4], 30)
-    times = latencies * speeds[:, None]
-    times[20:, :4] = np.nan
-    found = alike(times)
-    assert np.array_equal(np.isnan(found), np.isnan(times))
-    ratio = found / latencies
-    assert np.nanmax(ratio) == pytest.approx(np.nanmin(ratio), rel=1e-12)
-    assert 0.999 <= np.nanmin(ratio) <= 1.401
-
-
-@pytest.mark.parametrize("calls", [TOGETHER, 24])
-def test_intervals_stay_honest_where_a_round_has_something_in_common(calls: int) -> None:
-    """Of calls with noise of their own 95 % lie within their intervals, whatever all share; these are as wide as without it."""
-    rng, held, widths = np.random.default_rng(calls), [], []
-    for _ in range(60):
-        own = np.exp(0.05 * rng.standard_normal((30, calls)))
-        shared = np.exp(0.3 * np.repeat(rng.standard_normal(10), 3)[:, None])
-        found = alike(own * shared)
-        scale = np.exp(np.median(np.log(found)))  # what the rounds usually were like is not known
-        ends = np.array([median_interval(column) for column in found.T]) / scale
-        held.append((ends[:, 0] <= 1) & (ends[:, 1] >= 1))
-        widths.append(ends[:, 1] - ends[:, 0])
-    alone = [np.diff(median_interval(np.exp(0.05 * rng.standard_normal(30)))) for _ in range(500)]
-    assert np.mean(held) >= 0.93
-    assert 0.95 <= np.mean(widths) / np.mean(alone) <= 1.15
-
-
-def test_many_calls_on_a_machine_whose_speed_changes_are_known_where_one_is_not(clock: FakeTime) -> None:
-    def call(number: int, rng: np.random.Generator) -> Callable[[], None]:
-        def work() -> None:
-            busy = int(clock.wall_ns / 2e8) % 2 == 0  # a neighbour, now and then for 200 ms
-            clock.work((1.0 + number) * (1.5 if busy else 1.0) * math.exp(0.002 * rng.standard_normal()))
-
-        return work
-
-    found = time_interleaved([call(number, np.random.default_rng(number)) for number in range(10)], most_seconds=5.0)
-    assert all(each.stable for each in found)
-    ratios = [each.latency_ms / (1 + number) for number, each in enumerate(found)]
-    assert max(ratios) / min(ratios) < 1.01
-    assert max(each.p95_ms / each.min_ms for each in found) > 1.4  # as the clock was read
-    (alone,) = time_interleaved([call(9, np.random.default_rng(0))], most_seconds=1.0)
-    assert not alone.stable
-
-
-def test_few_that_are_not_settled_keep_company(clock: FakeTime) -> None:
-    rounds: Counter[int] = Counter()
-
-    def call(number: int) -> Callable[[], None]:
-        rng = np.random.default_rng(number)
-
-        def work() -> None:
-            rounds[number] += 1
-            clock.work(10.0 * math.exp((0.3 if number == 9 else 0.001) * rng.standard_normal()))
-
-        return work
-
-    found = time_interleaved([call(number) for number in range(10)], most_seconds=10.0)
-    assert [each.stable for each in found] == [True] * 9 + [False]
-    assert sum(each.samples == found[9].samples for each in found) == TOGETHER
-    assert sum(each.samples == LEAST_ROUNDS for each in found) == 10 - TOGETHER
 
 
 # --- rounds ---
@@ -220,13 +100,13 @@ def test_a_call_that_always_takes_as_long_is_known_after_the_fewest_rounds(clock
 @pytest.mark.slow
 @pytest.mark.parametrize("sigma", [0.02, 0.1])
 def test_stopping_when_the_interval_is_narrow_keeps_it_nearly_as_honest(clock: FakeTime, sigma: float) -> None:
-    """Looking after every round costs about two points: 93 % in 600 simulations. Of 60, at least 87 % are to be expected then."""
-    held = 0
-    for seed in range(60):
+    """A tenth of the calls are at most as slow as the end of the interval: in 95 % of cases without stopping, in 85 % with it."""
+    tenth, held = 2.0 * math.exp(-1.2816 * sigma), 0
+    for seed in range(200):
         (found,) = time_interleaved([noisy(clock, 2.0, sigma, seed)], most_seconds=1e9)
-        held += found.low_ms <= 2.0 <= found.high_ms
+        held += found.high_ms >= tenth
         assert found.stable and found.high_ms - found.low_ms <= WIDTH * found.latency_ms
-    assert held / 60 >= 0.87
+    assert held / 200 >= 0.8
 
 
 def test_a_call_that_never_settles_ends_at_the_limit_and_is_called_unstable(clock: FakeTime) -> None:
@@ -244,7 +124,7 @@ def test_what_is_settled_leaves_the_rounds(clock: FakeTime) -> None:
 
 def test_the_fewest_rounds_are_run_even_where_they_take_longer_than_the_limit(clock: FakeTime) -> None:
     (found,) = time_interleaved([lambda: clock.work(1000.0)], most_seconds=0.1)
-    assert found.samples == LEAST_ROUNDS
+    assert found.samples == LOOSE_ROUNDS
 
 
 def test_no_call_has_more_samples_than_the_limit(clock: FakeTime, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,13 +187,16 @@ def test_the_cpu_clock_does_not_see_others_and_the_wall_clock_does(clock: FakeTi
     assert (by_wall.latency_ms, by_wall.wall_median_ms, by_wall.clock) == (5.0, 5.0, "wall")
 
 
-def test_by_the_wall_clock_the_latency_is_the_least_time_if_a_tenth_of_the_samples_are_as_quick(clock: FakeTime) -> None:
+@pytest.mark.parametrize("by", CLOCKS)
+def test_the_latency_is_the_least_time_if_a_tenth_of_the_samples_are_as_quick(clock: FakeTime, by: str) -> None:
     rng = np.random.default_rng(3)
 
     def call() -> None:  # two of five calls are disturbed, by up to twice their time
-        clock.work(4.0 * (1 + 0.004 * rng.random()), waiting_ms=4.0 * rng.random() * (rng.random() < 0.4))
+        disturbed = 4.0 * rng.random() * (rng.random() < 0.4)
+        ours, others = (disturbed, 0.0) if by == "cpu" else (0.0, disturbed)
+        clock.work(4.0 * (1 + 0.004 * rng.random()) + ours, waiting_ms=others)
 
-    (found,) = time_interleaved([call], clock="wall")
+    (found,) = time_interleaved([call], clock=by)
     assert found.stable
     assert found.latency_ms == found.low_ms == found.min_ms == pytest.approx(4.0, rel=0.005)
     assert found.high_ms <= (1 + WIDTH) * found.latency_ms
@@ -355,7 +238,7 @@ def test_a_result_that_is_not_stable_says_why(wall: float, load: float, steal: f
 
 def test_the_width_that_is_asked_for_decides(clock: FakeTime) -> None:
     (found,) = time_interleaved([noisy(clock, 2.0, 0.05, 0)], width=0.2)
-    assert found.stable and found.samples == LEAST_ROUNDS
+    assert found.stable and found.samples == LOOSE_ROUNDS < LEAST_ROUNDS
     assert found.high_ms - found.low_ms > WIDTH * found.latency_ms
 
 
@@ -373,7 +256,7 @@ def traces() -> dict[str, NDArray[np.float64]]:
 
 def test_cpu_time_agrees_between_the_idle_and_the_disturbed_machine_where_the_wall_clock_does_not() -> None:
     idle, disturbed = traces()["idle"], traces()["disturbed"]
-    assert np.median(disturbed[:, 0]) == pytest.approx(np.median(idle[:, 0]), rel=0.02)
+    assert summary(disturbed, "cpu").latency_ms == pytest.approx(summary(idle, "cpu").latency_ms, rel=0.02)
     assert disturbed[:, 1].mean() > 2 * idle[:, 1].mean()
     assert summary(disturbed, "cpu").throttled and not summary(idle, "cpu").throttled
 
@@ -386,11 +269,10 @@ def test_the_least_wall_time_agrees_between_the_idle_and_the_disturbed_machine()
 
 @pytest.mark.parametrize("state", ["idle", "disturbed"])
 @pytest.mark.parametrize("kind", CLOCKS)
-def test_the_interval_of_a_few_samples_holds_the_median_of_the_whole_trace(state: str, kind: str) -> None:
+def test_of_a_few_samples_the_interval_ends_above_a_tenth_of_the_whole_trace(state: str, kind: str) -> None:
     trace, rng = traces()[state][:, CLOCKS.index(kind)], np.random.default_rng(1)
-    below, above = np.sort(trace)[[len(trace) // 2 - 1, len(trace) // 2]]  # all between them is a median of the trace
-    ends = np.array([median_interval(rng.choice(trace, 20)) for _ in range(4000)])
-    assert np.mean((ends[:, 0] <= above) & (below <= ends[:, 1])) >= 0.95
+    ends = np.array([quiet_end(rng.choice(trace, 20)) for _ in range(4000)])
+    assert np.mean(ends >= np.quantile(trace, 0.1, method="lower")) >= 0.95
 
 
 @pytest.mark.parametrize("state", ["idle", "disturbed"])
@@ -404,7 +286,7 @@ def test_a_replayed_trace_is_timed_as_it_was_recorded(clock: FakeTime, state: st
 
     (found,) = time_interleaved([call])
     assert found.stable
-    assert found.latency_ms == pytest.approx(np.median(recorded[:, 0]), rel=0.02)
+    assert found.latency_ms == pytest.approx(np.quantile(recorded[:, 0], 0.05), rel=0.02)
 
 
 BURNER = "while True: pass"

@@ -331,7 +331,7 @@ def test_only_one_dashboard_of_a_run(store: Store, space: Space, tmp_path: Path)
 
 
 def test_a_run_that_was_not_searched_is_told(tmp_path: Path, space: Space) -> None:
-    with pytest.raises(InputError, match="run the search first"):
+    with pytest.raises(InputError, match="search the run first"):
         dashboard(run_like(tmp_path, space), port=0)
 
 

@@ -219,6 +219,7 @@ def test_a_changed_function_is_another_objective() -> None:
     assert fingerprint(OBJECTIVES["top1"]) == fingerprint(OBJECTIVES["top5"])  # their names differ
 
 
+@pytest.mark.slow
 def test_the_fingerprint_is_the_same_in_every_process() -> None:
     program = (
         "from search.objective import PerImage, fingerprint;"

@@ -222,7 +222,7 @@ def test_a_file_of_another_identity_is_refused_with_what_differs(path: Path) -> 
 
 
 def test_an_existing_file_says_what_it_belongs_to(path: Path) -> None:
-    with pytest.raises(InputError, match="run the search first"):
+    with pytest.raises(InputError, match="search the run first"):
         Store.existing(path)
     assert not path.exists()
     with Store.open(path, identity=IDENTITY) as store:

@@ -17,7 +17,7 @@ from typing import Any
 
 from deploy.card import plain
 from deploy.targets import CLOCKS, Weight
-from deploy.timing import LEAST_SAMPLE_MS, MOST_ROUNDS, QUIET, WARM_UPS, Timing, least_rounds
+from deploy.timing import LEAST_SAMPLE_MS, LOOSE_ROUNDS, MOST_ROUNDS, QUIET, WARM_UPS, Timing
 from supernet import durable
 from supernet.errors import InputError
 
@@ -158,7 +158,7 @@ class Measurement:
             "most_seconds": self.most_seconds,
             "batch": 1,
             "warm_ups": WARM_UPS,
-            "rounds": f"{least_rounds(self.width)} to {MOST_ROUNDS} a sitting, {SITTING}",
+            "rounds": f"{LOOSE_ROUNDS} to {MOST_ROUNDS} a sitting, {SITTING}",
             "sample": f"mean of as many calls as take {LEAST_SAMPLE_MS:g} ms, at least one"
             + ("; the quickest of three such" if clock == "wall" else ""),
             "throughput": f"batch {self.batch}, wall clock, the best run",

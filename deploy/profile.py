@@ -40,8 +40,9 @@ def profile(
     from deploy.profiling import imported, write_profile_kit
 
     found, run = _space(space)
-    if out is not None:
-        _refuse_other(out, kit=target.startswith("kit") and import_ is None)
+    kits = target.partition("?")[0] == "kit" and import_ is None
+    if out is not None or kits:
+        _refuse_other(out or Path("kit.zip"), kit=kits)
     if (kit is None) != (import_ is None):
         raise InputError(
             "--import RESULTS and --kit KIT belong together: give the zip that was run and the results.json of its run"
@@ -83,13 +84,19 @@ def _refuse_other(out: Path, *, kit: bool) -> None:
     import zipfile
 
     durable.refuse_unwritable(out.parent)
+    if out.suffix == ".log":
+        raise InputError(f"timings are kept in a file that ends in .log until they are done: choose another --out than {out}")
     if not out.parent.is_dir():
         raise InputError(f"{out.parent} is no folder: make it, or choose another --out")
     if not out.exists():
         return
     try:
-        ours = zipfile.is_zipfile(out) if kit else "coefficients" in json.loads(out.read_text())
-    except (OSError, ValueError, TypeError):
+        if kit:
+            with zipfile.ZipFile(out) as zipped:
+                ours = "job.json" in zipped.namelist()
+        else:
+            ours = "coefficients" in json.loads(out.read_text())
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile):
         ours = False
     if not ours:
         what = "kit" if kit else "latency model"

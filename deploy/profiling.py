@@ -80,13 +80,13 @@ class Log:
         try:
             head, *lines = durable.read_lines(path)
             if head["format"] != FORMAT or not isinstance(head["fingerprint"], dict):
-                raise ValueError("it has another format")
+                raise ValueError("another version wrote it")
             self.known = {str(line["key"]): (Timing.from_dict(line["timing"]), float(line["anchor_ms"])) for line in lines}
             if not all(0 < anchor_ms < math.inf for _, anchor_ms in self.known.values()):
                 raise ValueError("an anchor took no time")
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{path} is no log of a measurement, or damaged ({error}): move it away, then measure anew"
+                f"{path} cannot be gone on from: it is no log of a measurement, or damaged ({error}): move it away, then measure anew"
             ) from error
         if head.get("plan") != dict(self.plan):
             raise InputError(

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
-FORMAT = 1
+FORMAT = 2
 AT_ONCE = 24
 """Models loaded and timed together; more are timed in groups."""
 MOST_BYTES = 4 << 30

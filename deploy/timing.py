@@ -25,7 +25,7 @@ CLOCKS = ("cpu", "wall")
 WARM_UPS = 3
 LEAST_ROUNDS, MOST_ROUNDS = 15, 5_000
 LOOSE, LOOSE_ROUNDS = 0.05, 8
-"""Where a wider interval will do, fewer rounds do (an interval of the median at 95 % takes six)."""
+"""Where a wider interval will do, or the time is over, fewer rounds do."""
 LEAST_SAMPLE_MS = 1.0
 """Shorter calls are repeated within a sample, so that reading the clock does not count."""
 WIDTH = 0.03

@@ -20,6 +20,7 @@ from search.settings import SearchConfig
 from search.statistics import compare
 from search.trie import macs_alone
 from search.wanted import Wanted
+from search.weights import Scales
 from supernet.arch import Arch
 from supernet.errors import InputError
 
@@ -106,7 +107,7 @@ class Choice:
         tried: set[Arch] = set()
         for last in [*[False] * (ROUNDS_OF_FINALISTS - 1), True]:
             smallest = [self.space.smallest] if last and self.space.smallest in self.scores else []
-            group = list(dict.fromkeys([*self._ranked(want, tried)[: self.settings.finalists], *smallest]))
+            group = list(dict.fromkeys([*self._light(self._ranked(want, tried), budgets), *smallest]))
             self.engine.progress(Event("measuring finalists", self.engine.total, self.engine.total))
             self._measure(group)
             tried |= set(group)
@@ -119,6 +120,20 @@ class Choice:
                 )
             self._correct()
         return self._or_refuse(want, budgets, [])
+
+    def _light(self, archs: Sequence[Arch], budgets: Sequence[Budget]) -> list[Arch]:
+        """The first `finalists` that are not too heavy, as far as their probes tell."""
+        bounds, found = [budget for budget in budgets if budget.metric in WEIGHED], list[Arch]()
+        if not bounds:
+            return list(archs[: self.settings.finalists])
+        scales = Scales(self.space, self.bench.store, self.bench.targets)
+        for start in range(0, len(archs), self.settings.finalists):
+            part = archs[start : start + self.settings.finalists]
+            heavy = {arch for budget in bounds for arch in scales.too_heavy(budget, part)}
+            found += [arch for arch in part if arch not in heavy]
+            if len(found) >= self.settings.finalists:
+                break
+        return found[: self.settings.finalists]
 
     def _measure(self, archs: Sequence[Arch]) -> None:
         """Latencies of those that were not measured yet, and their weights where a budget bounds one."""
@@ -231,7 +246,7 @@ class Choice:
             ratios = [self.measured[arch.key][name].latency_ms / model.predict(self.space, arch) for arch in timed]
             if ratios and not model.lower_factor <= (ratio := float(np.median(ratios))) <= model.upper_factor:
                 self.notes.append(
-                    f"{self.bench.targets[name].name}: what was measured now is {ratio:.2f} times what the latency model predicts "
+                    f"{self.bench.targets[name].name}: what was measured is {ratio:.2f} times what the latency model predicts "
                     f"(median of {len(ratios)} children): the device is {'slower' if ratio > 1 else 'faster'} than when it was "
                     "profiled; measured values count"
                 )

@@ -329,8 +329,9 @@ def _other_objective(run: Run) -> Objective | None:
 
     try:
         name = Found.load(run).objective
-        return objective_named(name, run.task) if name != run.task.metric else None
-    except InputError:
+        found = objective_named(name, run.task) if name != run.task.metric else None
+        return found if found and len(run.dataset.split("search_val")) else None
+    except InputError:  # not searched, an objective of the user's own, or the data are not here
         return None
 
 

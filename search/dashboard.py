@@ -26,7 +26,7 @@ from search import pareto
 from search.budget import Budget, parse_all
 from search.found import Found
 from search.store import Store
-from search.table import Child, children
+from search.table import Child, children, columns_of, meets
 from supernet import durable
 from supernet.errors import InputError
 from supernet.family import Dimension
@@ -148,8 +148,12 @@ class Mirror:
 
     def _constraints(self, child: Child) -> dict[str, float]:
         """Name -> how far it is violated; feasible means none above 0."""
-        known = [budget for budget in self.budgets if child.get(budget.metric) is not None]
-        missed = {str(budget): 0.0 if budget.holds(child[budget.metric]) else 1.0 for budget in known}
+        missed = {}
+        for budget in self.budgets:
+            with contextlib.suppress(InputError):  # of no child known
+                known = [names for names in columns_of([child], budget) if any(child[name] is not None for name in names)]
+                if known:
+                    missed[str(budget)] = 0.0 if all(meets(child, budget, names) for names in known) else 1.0
         return {"images missing": float(self.images - child["images"]), **missed}
 
 

@@ -11,7 +11,7 @@ from deploy.targets import Model, Target
 from search.budget import WEIGHED, Budget
 from search.records import Measurement
 from search.store import Store
-from search.weights import Scales, holds
+from search.weights import Scales
 from supernet.arch import Arch
 from supernet.space import Space
 
@@ -41,7 +41,7 @@ class Direct:
         found: dict[Arch, str] = {}
         for budget in self.bounds:
             if budget.metric in WEIGHED:
-                found |= self._too_heavy(budget, archs)
+                found |= Scales(self.space, self.store, self.targets).too_heavy(budget, archs)
                 continue
             times = self._times(self.targets[budget.target], archs)
             for arch in archs:
@@ -51,14 +51,6 @@ class Direct:
                         f"measured, it takes {row.latency_ms_low:.4g} to {row.latency_ms_high:.4g} ms, and misses {budget}"
                     )
         return found
-
-    def _too_heavy(self, budget: Budget, archs: Sequence[Arch]) -> dict[Arch, str]:
-        weights = Scales(self.space, self.store, self.targets).probes(budget.target, archs)
-        return {
-            arch: f"measured, its {budget.column} is {weights[arch][budget.metric][1]:.4g}, and misses {budget}"
-            for arch in archs
-            if not holds(budget, weights[arch])
-        }
 
     def _times(self, target: Target, archs: Sequence[Arch]) -> dict[Arch, Measurement]:
         fingerprint = target.fingerprint()

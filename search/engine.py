@@ -104,7 +104,7 @@ class Engine:
         return sum(phase.evaluations for phase in self.phases)
 
     def leader(self, zone: int) -> Arch | None:
-        """The best child of a zone of those that came to the top rung; of equals the cheapest."""
+        """The best child of a zone of those that came to the top rung and are not refused; of equals the cheapest."""
         whole = [arch for arch, rung in self.view.items() if rung >= self._top]
         if not whole:
             return None
@@ -112,7 +112,7 @@ class Engine:
         inside = self._zones(codes)[:, zone]
         cost = self.feasible.main_cost(codes)
         ranked = [(-self.known.mean(whole[at], self._top), cost[at], at) for at in np.flatnonzero(inside)]
-        return whole[min(ranked)[2]] if ranked else None
+        return next((whole[at] for _, _, at in sorted(ranked) if not self.refused([whole[at]])), None)
 
     def score(self, arch: Arch) -> float:
         """A child's score as far as this search has seen it."""

@@ -119,11 +119,11 @@ class _Search:
         self._refuse_impossible({}, self._feasible({}))
         self._strategy(self._feasible({}), None)  # a name or an option that is none ends here
         (self.run.path / "search").mkdir(exist_ok=True)
+        self._refuse_too_heavy()
         feasible = self._feasible(self._latency_models())
         front = self._front(feasible)
         evaluator = self.run.evaluator(self.device)
         with Store.open(self.run.path / "search" / "search.sqlite", identity=identity(self.run, self.settings)) as store:
-            Scales(self.space, store, self.asked.targets).refuse_impossible(self.bounds)
             known = self._known(store, feasible.costs, evaluator)
             direct = Direct(self.space, store, self.budgets, self.asked.targets, feasible.models)
             engine = self._engine(known, feasible, front, evaluator, direct)
@@ -132,6 +132,12 @@ class _Search:
             found = Choice(bench, known, feasible, engine, self.wanted, self.budgets, self.settings).go()
         found.save()
         return found
+
+    def _refuse_too_heavy(self) -> None:
+        """Of what children weigh, what none can meet, before anything else is measured."""
+        if self.weighed:
+            with Store.open(self.run.path / "search" / "search.sqlite", identity=identity(self.run, self.settings)) as store:
+                Scales(self.space, store, self.asked.targets).refuse_impossible(self.bounds)
 
     def _known(self, store: Store, costs: Costs, evaluator: Evaluator) -> Known:
         split = self.run.dataset.split("search_val")

@@ -28,6 +28,8 @@ from supernet.errors import InputError
 from supernet.samples import Columns, unpack
 
 INSTALL = "pip install 'nestling[data]'"
+PROBE = "probe on "
+"""Stands before the target where a child's operators were measured, not its export (`search.direct`)."""
 ZONES = 8
 """Rows of `best_by_zone`, unless told otherwise."""
 
@@ -123,18 +125,26 @@ def chosen(
             raise InputError(f"--stage must be one of {', '.join(stages) or 'none yet'}, but got {stage!r}")
         found = [child for child in found if child["stage"] == stage]
     for budget in budgets:
-        columns = _columns_of(table, budget)
-        found = [child for child in found if all(child[name] is not None and budget.holds(child[name]) for name in columns)]
+        columns = columns_of(table, budget)
+        found = [child for child in found if all(meets(child, budget, names) for names in columns)]
     return _sorted(table, found, sort)[:limit]
 
 
-def _columns_of(table: Sequence[Child], budget: Budget) -> list[str]:
-    """The columns that hold a budget's cost: the metric, or the ends of its measured intervals, of the target named or of all."""
+def columns_of(table: Sequence[Child], budget: Budget) -> list[list[str]]:
+    """The columns that hold a budget's cost: the metric, or the worse ends of measured intervals on the target named, or on all.
+
+    For each target that of the exported child, then that of its probe. Raises `InputError` where no child has any.
+    """
     known = list(table[0]) if table else []
     end = f"{budget.metric}_{'low' if budget.lower else 'high'}@"
-    measured = [name for name in known if name.startswith(end)]
-    found = [name for name in measured if budget.target in (None, target_of(name), target_of(name).split(":")[0])]
-    found = found or [name for name in known if name == budget.metric]
+    targets: dict[str, list[str]] = {}
+    for name in known:
+        if name.startswith(end):
+            target = target_of(name).removeprefix(PROBE)
+            if budget.target in (None, target, target.split(":")[0]):
+                targets.setdefault(target, []).append(name)
+    found = [sorted(names, key=lambda name: PROBE in name) for names in targets.values()]
+    found = found or [[name] for name in known if name == budget.metric]
     if table and not found:
         raise InputError(
             f"the cost in {budget} is not known of any child here: give a budget over what was counted or measured"
@@ -142,8 +152,14 @@ def _columns_of(table: Sequence[Child], budget: Budget) -> list[str]:
     return found
 
 
+def meets(child: Child, budget: Budget, columns: Sequence[str]) -> bool:
+    """Whether a child keeps a budget by the first of the columns that is known of it; none is no."""
+    value = next((child[name] for name in columns if child.get(name) is not None), None)
+    return value is not None and budget.holds(value)
+
+
 def target_of(column: str) -> str:
-    """The target in the name of a column of latencies, without the hash of its fingerprint: "local:threads=1"."""
+    """The target in the name of a column of what was measured, without the hash of its fingerprint: "local:threads=1"."""
     return column.split("@", 1)[1].rsplit(":", 1)[0]
 
 
@@ -157,7 +173,7 @@ def _sorted(table: Sequence[Child], found: list[Child], column: str) -> list[Chi
     )
     if column == "score":
         return sorted(there, key=lambda child: (-child["rung"], -child["score"]))
-    if column == "confirm_score":
+    if column == "confirm_score" or column in OBJECTIVES or column.startswith("images_per_s"):
         return [*sorted(there, key=lambda child: -child[column]), *missing]
     mixed = len({isinstance(child[column], str) for child in there}) > 1  # choices such as 3 and "none"
     return [*sorted(there, key=lambda child: str(child[column]) if mixed else child[column]), *missing]

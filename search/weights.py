@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deploy.kit import Kit
 from deploy.measure import Open
 from deploy.probe import probe
 from deploy.targets import Model, Target
@@ -23,6 +24,8 @@ from supernet.space import Space
 
 BATCH = 8
 """Images at a time, of the throughput."""
+AT_ONCE = 8
+"""Children that are weighed before the store is told."""
 SITTINGS = 3
 """Times that a finalist is weighed, each in a process of its own."""
 
@@ -41,12 +44,23 @@ class Scales:
     targets: Mapping[str | None, Target]
 
     def probes(self, name: str | None, archs: Sequence[Arch]) -> dict[Arch, Spans]:
-        """Of children as their operators alone tell (`deploy.probe`), once each."""
-        return self._weigh(name, archs, lambda arch: probe(self.space, arch, self.targets[name].precision), "probe on ", 1)
+        """Of children as their operators alone tell (`deploy.probe`): once each, the smallest as often as a finalist."""
+        times = SITTINGS if list(archs) == [self.space.smallest] else 1
+        return self._weigh(name, archs, lambda arch: probe(self.space, arch, self.targets[name].precision), "probe on ", times)
 
     def exported(self, name: str | None, archs: Sequence[Arch], model: Callable[[Arch], bytes]) -> dict[Arch, Spans]:
         """Of children as they are exported, several times."""
         return self._weigh(name, archs, model, "", SITTINGS)
+
+    def too_heavy(self, budget: Budget, archs: Sequence[Arch]) -> dict[Arch, str]:
+        """Of these children, by their probes, those whose median misses a budget, and by how much."""
+        weights = self.probes(budget.target, archs)
+        found = {arch: weights[arch][budget.metric][1] for arch in archs}
+        return {
+            arch: f"measured, its {budget.column} is {value:.4g}, and misses {budget}"
+            for arch, value in found.items()
+            if not budget.holds(value)
+        }
 
     def refuse_impossible(self, budgets: Sequence[Budget]) -> None:
         """Raise `InputError` where the smallest child is too heavy already, or a target cannot weigh."""
@@ -64,15 +78,15 @@ class Scales:
         self, name: str | None, archs: Sequence[Arch], model: Callable[[Arch], bytes], what: str, times: int
     ) -> dict[Arch, Spans]:  # fmt: skip
         target = self.targets[name]
-        if not isinstance(target, Open):
+        if isinstance(target, Kit) or not isinstance(target, Open):
             raise InputError(
                 f"{target.name} tells latencies alone: bound {', '.join(WEIGHED)} on this machine or one behind ssh"
             )
         where = f"{what}{target.name}:{target.fingerprint()['hash']}"
         known = {row.key: row for row in self.store.weighed() if (row.target, row.batch) == (where, BATCH)}
-        todo = [arch for arch in dict.fromkeys(archs) if arch.key not in known]
-        if todo:
-            channels = self.space.family.in_channels
+        left = [arch for arch in dict.fromkeys(archs) if arch.key not in known]
+        for start in range(0, len(left), AT_ONCE):  # what was weighed is kept when the rest fails
+            todo, channels = left[start : start + AT_ONCE], self.space.family.in_channels
             models = [Model(model(arch), channels, self.space.resolution(arch)) for arch in todo]
             sittings = [target.weigh(models, batch=BATCH) for _ in range(times)]
             rows = [

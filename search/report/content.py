@@ -98,6 +98,7 @@ def _summary(name: str, child: Child, tested: Mapping[str, Any] | None, metric: 
     """Test score where the final result has it; else the confirm split's, without an interval, where that is of this metric."""
     latency = child.latency
     measured = {column: (each.low, each.high) for column, each in child.latencies.items()}
+    measured |= {column: (least, most) for column, (least, _, most) in child.weights.items()}
     shown = tested or ({metric: child.confirm_score} if objective == metric else {})
     return {
         "name": name, "key": child.key, **{part: shown.get(part) for part in (metric, f"{metric}_low", f"{metric}_high")},

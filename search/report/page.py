@@ -6,12 +6,12 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from search.budget import Budget, parse_all
+from search.budget import MEASURED, Budget, parse_all
 from search.report.figures import TOP1, Figure, Measure, Records, accuracy, finite, latency_fit, training
 from supernet.durable import write_text
 
@@ -142,7 +142,7 @@ def _budgets(content: ReportContent) -> str:
     costs = next((child.get("costs") or {} for child in content.children if child.get("key") == content.chosen), {})
     lines = []
     for budget in parse_all(content.budgets):
-        if budget.metric == "latency_ms":  # the bound holds on the worse end of the measured interval
+        if budget.metric in MEASURED:  # the bound holds on the worse end of the measured interval
             measured = {"latency_ms": (None, chosen.get("latency_ms_high")), **chosen.get("measured", {})}
             value = measured.get(budget.column, (None, None))[0 if budget.lower else 1]
         else:
@@ -151,13 +151,18 @@ def _budgets(content: ReportContent) -> str:
     return f'<ul class="budgets">{"".join(lines)}</ul>' if lines else ""
 
 
+def _unit(metric: str) -> Callable[[Any], str]:
+    """What writes a value of a metric."""
+    if metric in ("latency_ms", "load_ms", "first_ms"):
+        return milliseconds
+    return kibibytes if metric.endswith("_bytes") else count
+
+
 def _verdict(budget: Budget, value: Any) -> str:
     asked = f"<code>{_text(str(budget))}</code>"
     if finite(value) is None:
         return f'<span class="unknown">? not measured</span> {asked}'
-    shown = {"latency_ms": milliseconds, "peak_memory_bytes": kibibytes, "model_size_bytes": kibibytes}.get(
-        budget.metric, count
-    )(value)
+    shown = _unit(budget.metric)(value)
     if budget.holds(value):
         return f'<span class="good">✓ holds</span> {asked} at {shown}'
     return f'<span class="bad">✗ does not hold</span> {asked} at {shown}'

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
+from deploy.kit import Kit
 from deploy.targets import Local, Model, Weight
 from search.budget import WEIGHED, Budget, foretold, parse_all
 from search.direct import Direct
@@ -20,6 +21,7 @@ from search.loop import Asked
 from search.loop import search as search_loop
 from search.settings import SearchConfig
 from search.store import Store
+from search.table import children, chosen
 from search.weights import BATCH, SITTINGS, Scales, holds, span
 from supernet.errors import InputError
 from supernet.run import Run
@@ -136,6 +138,39 @@ def test_the_chosen_child_weighs_what_it_may(run_copy: Run, judge: Any, texts: t
     count = len(target.weighed)
     assert search(run_copy, target, *texts).best == found.best
     assert len(target.weighed) == count  # nothing is weighed twice
+
+
+@pytest.mark.parametrize("how", [{}, {"children": ["load_ms@board<=1.5"]}])
+def test_of_a_store_of_heavy_children_light_ones_are_chosen(run_copy: Run, judge: Any, how: dict[str, Any]) -> None:
+    """The heaviest score best and are known already: they neither lead the races nor are all finalists."""
+    search(run_copy, FakeScales())
+    target = FakeScales()
+    found = search(run_copy, target, *([] if how else ["load_ms@board<=1.5"]), **how)
+    best = found.answers[-1].child
+    assert best.weights["load_ms@board"][2] <= 1.5
+    assert best.key != found.smallest.key
+    with Store.existing(run_copy.path / "search" / "search.sqlite") as store:
+        rows = {row.key: row.costs["macs"] for row in store.rows()}
+        light = [key for key, macs in rows.items() if 1 + 1.03 * macs / 1e6 <= 1.5]
+    assert rows[best.key] >= sorted(rows[key] for key in light)[-3]
+
+
+def test_a_kit_weighs_nothing_and_is_told_before_anything_is_measured(run_copy: Run) -> None:
+    with pytest.raises(InputError, match="tells latencies alone"):
+        search_loop(run_copy, Asked(("load_ms@kit<=5",), settings=SETTINGS, targets={None: FakeScales(), "kit": Kit()}))
+
+
+def test_show_filters_by_what_was_weighed_of_probes_and_exports(run_copy: Run, judge: Any) -> None:
+    found = search(run_copy, FakeScales(), "load_ms<=1.5")
+    with Store.existing(run_copy.path / "search" / "search.sqlite") as store:
+        table = children(store)
+    light = chosen(table, budgets=parse_all(["load_ms<=1.5"]))
+    assert found.best.key in {child["key"] for child in light}
+    assert len(light) > len(found.finalists)
+    name = next(name for name in table[0] if name.startswith("images_per_s@probe"))
+    rates = [child[name] for child in chosen(table, sort=name)]
+    known = [rate for rate in rates if rate is not None]
+    assert known == sorted(known, reverse=True)
 
 
 def test_a_child_of_its_own_may_bound_a_weight(run_copy: Run, judge: Any) -> None:

@@ -165,7 +165,8 @@ def test_a_runner_ends_with_its_asker_even_in_the_middle_of_a_job(tiny: Model) -
     machine.fingerprint()
     process = machine._far._process
     assert process is not None
-    job = {"do": "time", "format": 1, "runtime": "onnxruntime", "threads": 1, "clock": "cpu", "width": 0.0, "most_seconds": 60.0,
+    job = {"do": "time", "format": runner.FORMAT, "runtime": "onnxruntime", "threads": 1, "clock": "cpu", "width": 0.0,
+           "most_seconds": 60.0,
            "models": [{"bytes": len(tiny.data), "shapes": [tiny.input_shape]}]}  # fmt: skip
     machine._far._send(json.dumps(job).encode() + b"\n", tiny.data)
     time.sleep(1.0)
@@ -316,4 +317,4 @@ def test_a_runner_of_another_format_says_so() -> None:
 
     out = io.BytesIO()
     runner.serve(io.BytesIO(b'{"format": 99, "do": "hello"}\n'), out)
-    assert json.loads(out.getvalue()) == {"error": "format", "text": "this runner speaks format 1, not 99"}
+    assert json.loads(out.getvalue()) == {"error": "format", "text": f"this runner speaks format {runner.FORMAT}, not 99"}

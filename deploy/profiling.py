@@ -22,7 +22,7 @@ from deploy.fit import BASE, Floats, fit, predicted
 from deploy.kit import Kit, job_of, read_results, write_kit
 from deploy.latency import LatencyModel, Whole, ingredients, signature
 from deploy.plan import ANCHOR, CHILDREN, HELD_OUT, Plan
-from deploy.targets import Model, Target, differing
+from deploy.targets import MOST_SECONDS, Model, Target, differing
 from deploy.timing import WIDTH, Timing
 from supernet import durable
 from supernet.arch import Arch
@@ -34,7 +34,7 @@ FORMAT = 2
 BLOCK_WIDTH, BLOCK_SECONDS = 0.1, 3.0
 """How sure the time of a single block has to be: a child has some twenty, whose errors even out."""
 WHOLE_SECONDS = 60.0
-"""How long a group of whole children is timed at most: the model is as good as these are known."""
+"""How long a group of whole children is timed at most, where they are large (300 million macs)."""
 
 Progress = Callable[[str], None]
 
@@ -118,9 +118,11 @@ def profile(
 def measure(plan: Plan, target: Target, log: Log, say: Progress) -> None:
     """Time what the log does not have yet, in groups that the anchor belongs to."""
     anchor, groups = plan.anchor.model(), plan.groups(log.known)
+    macs = float(Costs(plan.space).macs(plan.space.encode(plan.whole)).mean())
+    longest = float(np.clip(MOST_SECONDS * macs / 1e8, MOST_SECONDS, WHOLE_SECONDS))
     for number, part in enumerate(groups, 1):
         say(f"timing blocks and children on {target.name}: group {number} of {len(groups)}")
-        width, seconds = (WIDTH, WHOLE_SECONDS) if part[0].whole else (BLOCK_WIDTH, BLOCK_SECONDS)
+        width, seconds = (WIDTH, longest) if part[0].whole else (BLOCK_WIDTH, BLOCK_SECONDS)
         *timings, anchored = target.measure([*(job.model() for job in part), anchor], width=width, most_seconds=seconds)
         for job, timing in zip(part, timings, strict=True):
             log.add(job.key, timing, anchored.latency_ms)

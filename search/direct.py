@@ -9,7 +9,7 @@ from deploy.latency import LatencyModel
 from deploy.probe import probe
 from deploy.targets import Model, Target
 from search.budget import WEIGHED, Budget
-from search.records import Measurement
+from search.records import PROBE, Measurement
 from search.store import Store
 from search.weights import Scales
 from supernet.arch import Arch
@@ -54,7 +54,7 @@ class Direct:
 
     def _times(self, target: Target, archs: Sequence[Arch]) -> dict[Arch, Measurement]:
         fingerprint = target.fingerprint()
-        name = f"probe on {target.name}:{fingerprint['hash']}"
+        name = f"{PROBE}{target.name}:{fingerprint['hash']}"
         if not self._known:
             self._known = {(row.key, row.target): row for row in self.store.measurements()}
         todo = [arch for arch in dict.fromkeys(archs) if (arch.key, name) not in self._known]

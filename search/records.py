@@ -89,6 +89,9 @@ class Weighed:
     created: str = dataclasses.field(default_factory=now)
 
 
+PROBE = "probe on "
+"""Stands before a target's name where a child's probe was measured (`deploy.probe`), not its export."""
+
 Record = TypeVar("Record", Row, Confirmed, Measurement, Weighed)
 
 _COLUMN: Mapping[str, Callable[[Any], object]] = {

@@ -21,15 +21,13 @@ from numpy.typing import NDArray
 from search import pareto
 from search.budget import Budget
 from search.objective import OBJECTIVES, Objective
-from search.records import Row
+from search.records import PROBE, Row
 from search.store import Store
 from supernet import durable
 from supernet.errors import InputError
 from supernet.samples import Columns, unpack
 
 INSTALL = "pip install 'nestling[data]'"
-PROBE = "probe on "
-"""Stands before the target where a child's operators were measured, not its export (`search.direct`)."""
 ZONES = 8
 """Rows of `best_by_zone`, unless told otherwise."""
 

@@ -16,7 +16,7 @@ from deploy.measure import Open
 from deploy.probe import probe
 from deploy.targets import Model, Target
 from search.budget import WEIGHED, Budget
-from search.records import Weighed
+from search.records import PROBE, Weighed
 from search.store import Store
 from supernet.arch import Arch
 from supernet.errors import InputError
@@ -46,7 +46,7 @@ class Scales:
     def probes(self, name: str | None, archs: Sequence[Arch]) -> dict[Arch, Spans]:
         """Of children as their operators alone tell (`deploy.probe`): once each, the smallest as often as a finalist."""
         times = SITTINGS if list(archs) == [self.space.smallest] else 1
-        return self._weigh(name, archs, lambda arch: probe(self.space, arch, self.targets[name].precision), "probe on ", times)
+        return self._weigh(name, archs, lambda arch: probe(self.space, arch, self.targets[name].precision), PROBE, times)
 
     def exported(self, name: str | None, archs: Sequence[Arch], model: Callable[[Arch], bytes]) -> dict[Arch, Spans]:
         """Of children as they are exported, several times."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from deploy import adb
-from deploy.adb import Adb, parse_perf_test, timing_of
+from deploy.adb import FOLDER, Adb, parse_perf_test, timing_of
 from deploy.probe import probe
 from deploy.targets import Model
 from deploy.timing import Timing
@@ -124,7 +124,7 @@ def test_models_are_pushed_run_and_removed_one_after_the_other(device: Device) -
     runs = [shlex.split(call[4]) for call in calls if call[2] == "shell" and "perf_test -e" in call[4]]
     assert len(runs) == 2 * 3
     folder = runs[0][0].removesuffix("/perf_test")
-    assert folder.startswith("/data/local/tmp/nestling-")
+    assert folder.startswith(f"{FOLDER}/nestling-")
     assert runs[0][1:] == ["-e", "cpu", "-m", "times", "-r", "10", "-x", "4", "-I", f"{folder}/0.onnx"]
     assert [shlex.split(call[4])[0] for call in calls if call[2] == "shell" and "perf_test" not in call[4]] == [
         "mkdir",

@@ -18,7 +18,8 @@ from deploy.probe import graph_of, probe
 from supernet.space import load_space
 
 SPACES = ["digits", "mlp", "autoencoder", "cell",
-          *(pytest.param(name, marks=pytest.mark.slow) for name in ("cifar-vit", "cifar-resnet", "attentivenas"))]  # fmt: skip
+          *(pytest.param(name, marks=pytest.mark.slow) for name in ("cifar-vit", "cifar-resnet")),
+          pytest.param("attentivenas", marks=pytest.mark.nightly)]  # fmt: skip
 
 
 class Images:
@@ -63,8 +64,6 @@ def shape_of(model: onnx.ModelProto) -> tuple[Counter[Any], Counter[Any]]:
 def test_a_probe_is_the_graph_that_static_quantisation_makes(name: str, end: str, tmp_path: Path) -> None:
     space = load_space(name)
     arch = getattr(space, end)
-    if end == "largest" and space.costs(arch)[1] > 2e6:
-        pytest.skip("the library takes half a minute for it")
     model = onnx.load_model_from_string(probe(space, arch))
     nodes, stored = shape_of(onnx.load_model_from_string(probe(space, arch, "int8")))
     wanted, kept = shape_of(by_library(model, tmp_path))

@@ -97,11 +97,15 @@ def test_a_call_that_always_takes_as_long_is_known_after_the_fewest_rounds(clock
     assert slow.stable and quick.stable and slow.why == ""
 
 
+def slowed(clock: FakeTime, least_ms: float, scale: float, seed: int) -> Callable[[], None]:
+    rng = np.random.default_rng(seed)
+    return lambda: clock.work(least_ms * (1 + scale * rng.exponential()))
+
+
 @pytest.mark.parametrize("scale", [0.02, 0.1])
 def test_a_call_that_others_only_slow_down_is_known_to_3_percent(clock: FakeTime, scale: float) -> None:
     for seed in range(20):
-        rng = np.random.default_rng(seed)
-        (found,) = time_interleaved([lambda rng=rng: clock.work(2.0 * (1 + scale * rng.exponential()))], most_seconds=10.0)  # type: ignore[misc]
+        (found,) = time_interleaved([slowed(clock, 2.0, scale, seed)], most_seconds=10.0)
         assert found.stable and 2.0 <= found.latency_ms <= found.high_ms <= 2.0 * 1.01 * (1 + WIDTH)
 
 

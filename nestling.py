@@ -217,12 +217,12 @@ for package in (supernet_commands, search_commands, deploy_commands):
 
 def main() -> None:
     """The command `nestling`: exit code 0, 2 for the user's mistake (one line), 1 for a bug of ours (a traceback)."""
-    from supernet.errors import InputError
+    from supernet.errors import InputError, say
 
     try:
         app()
     except (InputError, OSError) as error:
-        print("nestling:", *str(error).splitlines(), file=sys.stderr)  # a name in it may hold line breaks
+        say(error)
         sys.exit(2)
 
 

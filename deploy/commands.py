@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -104,11 +103,12 @@ def verify(
     from deploy.again import verify_again
     from deploy.verify import VerificationError
     from supernet.console import print_json
+    from supernet.errors import say
 
     try:
         result = verify_again(bundle, run, images)
     except VerificationError as error:
-        print(f"nestling: {error}", file=sys.stderr)
+        say(error)
         raise typer.Exit(1) from error
     if as_json:
         print_json(result)

@@ -24,7 +24,7 @@ from search.rungs import Rung
 from search.trie import macs_shared, ordered
 from supernet.arch import Arch
 from supernet.distributed import ALONE, ProcessLost, World, world
-from supernet.errors import InputError
+from supernet.errors import InputError, say
 from supernet.run import Run
 from supernet.samples import Samples, pack, unpack
 
@@ -137,7 +137,7 @@ def main(job: str, path: Path, out: Path) -> int:
         with world("cpu") as all_:
             globals()[f"job_{job}"](Run.open(path), all_, out)
     except (InputError, OSError) as error:
-        print("nestling:", *str(error).splitlines(), file=sys.stderr)
+        say(error)
         return 2
     return 0
 

@@ -114,6 +114,8 @@ def main() -> None:
     found: dict[str, Any] = {}
     for name in spaces:
         space = load_space(name)
+        if given.logs:
+            given.logs.mkdir(parents=True, exist_ok=True)
         log = given.logs / f"{name}-{target.name}.log" if given.logs else None
         model, rows = measured(space, target, held_out, children, log)
         show(name, model, rows)

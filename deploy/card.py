@@ -30,7 +30,7 @@ def card(manifest: Mapping[str, Any], space: Space) -> str:
         f"| peak activation memory | {manifest['peak_memory_bytes']:,} bytes (fp32, batch 1) |",
         f"| size of the weights | {manifest['model_size_bytes']:,} bytes (fp32) |",
         *(
-            f"| latency, {plain(entry['target'])} | {entry['latency_ms']:.4g} ms (95 %: {entry['low']:.4g} to {entry['high']:.4g}), "
+            f"| latency, {plain(entry['target'])} | {entry['latency_ms']:.4g} ms (up to {entry['high']:.4g}), "
             f"batch 1, {plain(entry['fingerprint']['processor'])}, {plain(entry['fingerprint']['runtime'])}, "
             f"{plain(entry['fingerprint'].get('clock', 'clock not told'))}, {plain(entry['date'])} |"
             for entry in manifest["latency"]

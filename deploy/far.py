@@ -32,6 +32,10 @@ class Broken(InputError):
     """The connection to a runner ended; what it had answered stands."""
 
 
+class Unable(InputError):
+    """The machine is there, and cannot run a model: it has too little memory for it, or its runtime refuses it."""
+
+
 class Far:
     """A runner in a Python that `command` starts with given arguments; it is started when it is first asked. A context manager.
 
@@ -45,7 +49,9 @@ class Far:
         self._buffer = b""
 
     def ask(self, job: Mapping[str, Any], models: Sequence[bytes] = (), *, seconds: float = 0.0) -> Iterator[dict[str, Any]]:
-        """Answers to a job as they come. Raises `InputError` where it cannot be done, `Broken` where the connection ends.
+        """Answers to a job as they come. Raises `InputError` where it cannot be done, `Unable` where a model is to blame.
+
+        Raises `Broken` where the connection ends.
 
         `seconds` is how long the next answer may rightly take, beside `ANSWER_SECONDS`.
         """
@@ -56,15 +62,22 @@ class Far:
                 answer = self._answer(seconds)
                 whole = "done" in answer or "error" in answer
                 if "error" in answer:
-                    raise InputError(f"{self.name}: {one_line(str(answer.get('text')), 1000)}")
+                    kind = Unable if answer["error"] in ("memory", "model") else InputError
+                    raise kind(f"{self.name}: {one_line(str(answer.get('text')), 1000)}")
                 yield answer
         finally:
             if not whole:  # what else it answers would be taken for answers to the next job
                 self.close()
 
     def hello(self, runtime: str) -> dict[str, Any]:
-        """The far machine's fingerprint (`runner.fingerprint`)."""
-        first, *_ = self.ask({"do": "hello", "runtime": runtime})
+        """The far machine's fingerprint (`runner.fingerprint`). Where an old connection is gone meanwhile, of a new one."""
+        old = self._process is not None
+        try:
+            first, *_ = self.ask({"do": "hello", "runtime": runtime})
+        except Broken:
+            if not old:
+                raise
+            first, *_ = self.ask({"do": "hello", "runtime": runtime})
         found = first.get("fingerprint")
         try:
             return machine_of(found)

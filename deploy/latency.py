@@ -91,7 +91,7 @@ class LatencyModel:
 
     @property
     def spread(self) -> float:
-        """Median width of the measured children's 95 % intervals, a part of the latency."""
+        """Median width of the measured children's intervals (`Timing.high_ms`), a part of the latency."""
         return float(np.median([(child.high_ms - child.low_ms) / child.latency_ms for child in (*self.fitted, *self.held_out)]))
 
     @property

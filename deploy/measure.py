@@ -34,8 +34,8 @@ SITTINGS, PAUSE_SECONDS = 6, 1.0
 class Open(Target, Protocol):
     """A target that can be asked for more than latencies."""
 
-    def weigh(self, models: Any, *, batch: int = 8) -> list[Weight]:
-        """Memory, time to load, first inference and throughput of each model."""
+    def weigh(self, models: Any, *, batch: int = 8, seconds: float = 1.0) -> list[Weight]:
+        """Memory, time to load, first inference and throughput of each model; the latter is measured for `seconds`."""
         ...
 
     def conditions(self) -> dict[str, Any]:

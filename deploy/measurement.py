@@ -89,7 +89,7 @@ class Measured:
     def sentences(self) -> list[str]:
         """What was found, a line each."""
         timing, weight = self.timing, self.weight
-        lines = [f"{self.file}: {timing.latency_ms:.4g} ms (95 %: {timing.low_ms:.4g} to {timing.high_ms:.4g}), "
+        lines = [f"{self.file}: {timing.latency_ms:.4g} ms (up to {timing.high_ms:.4g}), "
                  f"{STATISTIC[timing.clock]}, {timing.samples} samples in "
                  f"{len(self.sittings_ms)} sittings",
                  f"by the wall clock: median {timing.wall_median_ms:.4g} ms ({signed(self.apart)}), mean {timing.wall_mean_ms:.4g}, "
@@ -271,7 +271,7 @@ def _rows(model: Measured) -> list[str]:
     """A table of all figures of a model."""
     timing, weight = model.timing, model.weight
     rows = [
-        ("latency", f"**{timing.latency_ms:.4g} ms** (95 %: {timing.low_ms:.4g} to {timing.high_ms:.4g}), {STATISTIC[timing.clock]}"),
+        ("latency", f"**{timing.latency_ms:.4g} ms** (up to {timing.high_ms:.4g}), {STATISTIC[timing.clock]}"),
         (
             "by that clock",
             f"least {timing.min_ms:.4g}, median {timing.median_ms:.4g}, mean {timing.mean_ms:.4g}, p95 {timing.p95_ms:.4g} ms",

@@ -31,7 +31,7 @@ from supernet.errors import InputError
 from supernet.space import Space
 
 FORMAT = 2
-BLOCK_WIDTH, BLOCK_SECONDS = 0.1, 3.0
+BLOCK_WIDTH, BLOCK_SECONDS = 0.1, 2.5
 """How sure the time of a single block has to be: a child has some twenty, whose errors even out."""
 WHOLE_SECONDS = 60.0
 """How long a group of whole children is timed at most, where they are large (300 million macs)."""

@@ -28,7 +28,7 @@ HERE = re.compile(r"local(:\d{1,4})?(\?runtime=\w+)?")
 
 @dataclass(frozen=True, slots=True)
 class Again:
-    """One file measured twice. `ratio` is the latency now over that then, with its 95 % interval `low` to `high`."""
+    """One file measured twice. `ratio` is the latency now over that then, with its interval `low` to `high`."""
 
     then: Measured
     now: Measured
@@ -107,7 +107,7 @@ def bundle_of(path: Path) -> Bundle:
 
 
 def ratio_of(then: Timing, now: Timing) -> tuple[float, float, float]:
-    """Latency now over that then, and its 95 % interval: both intervals and `SPREAD`, independent, on the scale of logarithms.
+    """Latency now over that then, and an interval of at least 95 %: both intervals and `SPREAD`, independent, as logarithms.
 
     Every interval counts by its longer side, to both sides: by the wall clock the least time is the lower end, but others may have
     raised it.

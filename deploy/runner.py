@@ -221,7 +221,7 @@ def weighed(job: dict[str, Any], models: Callable[[int], bytes]) -> Iterator[dic
         if done.returncode or not lines:
             last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no word"])[-1]
             if done.returncode == -9:
-                last = "it was killed, as a system does that runs out of memory"
+                raise Refused("memory", "the process that weighed a model was killed, as a system does that runs out of memory")
             raise Refused("model", f"the process that weighed a model ended with {done.returncode} ({last[:300]})")
         answer = json.loads(lines[-1])
         if "error" in answer:

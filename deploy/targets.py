@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from deploy import runner
 from deploy.far import Broken, Far, one_line
@@ -32,6 +32,7 @@ TRIES = 3
 PAUSE_SECONDS = 2.0
 """Before a broken connection is made anew; twice as long before the next."""
 
+Answer = TypeVar("Answer")
 Each = Callable[[int, Timing], None]
 """Told of every timing as soon as it is known: the model's position, and what it takes."""
 
@@ -54,7 +55,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """A measured latency in ms at batch 1, with its 95 % interval."""
+    """A measured latency in ms at batch 1: the least time (`low`), and what a tenth of all calls do not exceed (`high`)."""
 
     target: str
     latency_ms: float
@@ -166,9 +167,32 @@ class Machine:
         """Interleaved timings of all models, in groups; `most_seconds` is a group's limit.
 
         A broken connection is made anew, and what was timed is not timed again. Raises `InputError` where that does not help, the
-        machine behind the name is another one now, or it cannot run a model.
+        machine behind the name is another one now, or it cannot run a model (`Unable`).
         """
-        found: dict[int, Timing] = {}
+        return self._persist(models, lambda left: self._timed(left, width, most_seconds), each or (lambda at, timing: None))
+
+    def weigh(self, models: Sequence[Model], *, batch: int = 8, seconds: float = 1.0) -> list[Weight]:
+        """Memory, time to load, first inference and throughput (of `seconds`) of each model. Raises `InputError`, as `measure`."""
+        return self._persist(models, lambda left: self._weighed(left, batch, seconds), lambda at, weight: None)
+
+    def _weighed(self, models: Sequence[Model], batch: int, seconds: float) -> Iterator[tuple[int, Weight]]:
+        listed, sent = self._packed(models)
+        job = {"do": "weigh", "runtime": self.runtime, "threads": self.threads, "seconds": seconds,
+               "models": [{**each, "many": batch} for each in listed]}  # fmt: skip
+        seen: set[int] = set()
+        for answer in self._far.ask(job, sent, seconds=60 + 10 * seconds):
+            if "weight" in answer:
+                at = _index(answer, len(models), self.name)
+                refuse_twice(seen, at, self.name)
+                yield at, _weight(answer["weight"], batch, self.name)
+        refuse_missing(seen, len(models), self.name)
+
+    def _persist(
+        self, models: Sequence[Model], ask: Callable[[Sequence[Model]], Iterator[tuple[int, Answer]]],
+        each: Callable[[int, Answer], None],
+    ) -> list[Answer]:  # fmt: skip
+        """What `ask` yields for each model; where the connection breaks, it is asked anew for those that are left."""
+        found: dict[int, Answer] = {}
         broken = 0
         before = self._hello() if models else {}
         while left := [at for at in range(len(models)) if at not in found]:
@@ -177,27 +201,13 @@ class Machine:
                 if broken:
                     time.sleep(PAUSE_SECONDS * broken)
                     self._refuse_another(before)
-                for at, timing in self._timed([models[at] for at in left], width, most_seconds):
-                    found[left[at]] = timing
-                    if each:
-                        each(left[at], timing)
+                for at, answer in ask([models[at] for at in left]):
+                    found[left[at]] = answer
+                    each(left[at], answer)
             except Broken:
                 broken = broken + 1 if len(found) == known else 1
                 if broken >= TRIES:
                     raise
-        return [found[at] for at in range(len(models))]
-
-    def weigh(self, models: Sequence[Model], *, batch: int = 8, seconds: float = 1.0) -> list[Weight]:
-        """Memory, time to load, first inference and throughput of each model. Raises `InputError`."""
-        listed, sent = self._packed(models)
-        job = {"do": "weigh", "runtime": self.runtime, "threads": self.threads, "seconds": seconds,
-               "models": [{**each, "many": batch} for each in listed]}  # fmt: skip
-        found: dict[int, Weight] = {}
-        for answer in self._far.ask(job, sent, seconds=60 + 10 * seconds):
-            if "weight" in answer:
-                at = _index(answer, len(models), self.name)
-                found[at] = _weight(answer["weight"], batch, self.name)
-        refuse_missing(found, len(models), self.name)
         return [found[at] for at in range(len(models))]
 
     def conditions(self) -> dict[str, Any]:

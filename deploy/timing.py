@@ -29,7 +29,7 @@ LOOSE, LOOSE_ROUNDS = 0.05, 8
 LEAST_SAMPLE_MS = 1.0
 """Shorter calls are repeated within a sample, so that reading the clock does not count."""
 WIDTH = 0.03
-"""How wide a 95 % interval may be, as a part of the latency, for the result to be called stable."""
+"""How wide the interval may be, as a part of the latency, for the result to be called stable."""
 QUIET = 0.1
 """Share of the samples that must be as quick as the quickest, within the interval: the machine was quiet more than once."""
 THROTTLED = 1.5
@@ -42,7 +42,7 @@ BUSY_STEAL = 0.02
 
 @dataclass(frozen=True)
 class Timing:
-    """What a call takes, in ms, with a 95 % interval (`low_ms` to `high_ms`); `stable` where that is as narrow as asked.
+    """What a call takes, in ms, with an interval (`low_ms` to `high_ms`); `stable` where that is as narrow as asked.
 
     The latency is the least time by its clock, "cpu" (of the one thread) or "wall"; `high_ms` is what at least `QUIET` of all calls do
     not exceed. `min_ms` to `p95_ms` are of that clock, `wall_*_ms` of the wall clock. `why` says why a result is not stable;
@@ -174,7 +174,7 @@ def _settled(taken: Any, clock: str, width: float) -> bool:
 
 def _why(found: float, width: float, throttled: bool, load: float, steal: float) -> str:
     cores = os.cpu_count() or 1
-    said = f"the 95 % interval is {100 * found:.1f} % of the latency, {100 * width:.3g} % is asked for"
+    said = f"the interval is {100 * found:.1f} % of the latency, {100 * width:.3g} % is asked for"
     if load > cores or steal > BUSY_STEAL:
         return said + f": the host is busy (load {load:.1f} on {cores} cores, {100 * steal:.0f} % of the time stolen)"
     if throttled:

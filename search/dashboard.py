@@ -147,13 +147,12 @@ class Mirror:
         return trial
 
     def _constraints(self, child: Child) -> dict[str, float]:
-        """Name -> how far it is violated; feasible means none above 0."""
-        missed = {}
+        """Name -> how far it is violated; feasible means none above 0. A budget over what was not measured of the child is not."""
+        missed = {str(budget): 0.0 for budget in self.budgets}
         for budget in self.budgets:
             with contextlib.suppress(InputError):  # of no child known
                 known = [names for names in columns_of([child], budget) if any(child[name] is not None for name in names)]
-                if known:
-                    missed[str(budget)] = 0.0 if all(meets(child, budget, names) for names in known) else 1.0
+                missed[str(budget)] = float(not all(meets(child, budget, names) for names in known))
         return {"images missing": float(self.images - child["images"]), **missed}
 
 

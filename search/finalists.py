@@ -58,10 +58,10 @@ class Bench:
         return {arch.key: {name: latencies[arch.key] for name, latencies in each.items()} for arch in archs}
 
     def weigh(self, archs: Sequence[Arch], names: Collection[str | None]) -> dict[str, Weights]:
-        """What the really exported children weigh on the targets of these names; by key."""
+        """What the really exported children weigh on the targets of these names that can run them; by key."""
         scales = Scales(self.run.space, self.store, self.targets)
         each = {name: scales.exported(name, archs, lambda arch: self._exported(arch).data) for name in names}
-        return {arch.key: {name: weights[arch] for name, weights in each.items()} for arch in archs}
+        return {arch.key: {name: weights[arch] for name, weights in each.items() if arch in weights} for arch in archs}
 
     def _foretold(self, name: str | None, archs: Sequence[Arch]) -> dict[str, Latency]:
         """Predictions, for a target that only a kit reaches; their intervals are the model's."""
@@ -123,7 +123,7 @@ class Bench:
 def meets(budgets: Sequence[Budget], costs: Mapping[str, float], latencies: Latencies, weights: Weights | None = None) -> bool:
     """Whether a measured child meets every budget; what was measured counts with the worse end of its interval."""
     return all(
-        holds(budget, (weights or {})[budget.target])
+        holds(budget, (weights or {}).get(budget.target))
         if budget.metric in WEIGHED
         else budget.holds_interval(latencies[budget.target].low, latencies[budget.target].high)
         if budget.metric == "latency_ms"

@@ -20,11 +20,13 @@ from search.loop import Asked, latency_model, smallest_latency_ms
 from search.reach import refuse_impossible
 from search.report.content import report_of
 from search.settings import SearchConfig, load_search_config
+from search.weights import Scales
 from supernet import device as devices
 from supernet import durable
 from supernet import start as starting
 from supernet.commands import train_shown
 from supernet.console import Display
+from supernet.errors import InputError
 from supernet.run import Run
 from supernet.space import Space
 from supernet.task import Estimate
@@ -110,8 +112,13 @@ class _Way:
     def _refuse_impossible(self, space: Space) -> None:
         """Budgets that no child can meet end here, before hours of training."""
         budgets = parse_all(list(self.way.budgets))
+        elsewhere = [str(budget) for budget in budgets if budget.target is not None]
+        if elsewhere:
+            raise InputError(f"the whole way measures on this machine alone, but {elsewhere[0]} is of another target: train with "
+                             "`nestling train`, then search with `nestling search --target`")  # fmt: skip
         timed = any(budget.metric == "latency_ms" for budget in budgets)
         refuse_impossible(space, budgets, {None: smallest_latency_ms(space, self.target)} if timed else {})
+        Scales(space, None, {None: self.target}).refuse_impossible(budgets)
 
     def _budgets(self, run: Run, settings: SearchConfig) -> list[str]:
         if not self.way.middle:

@@ -183,7 +183,7 @@ class Operations:
 
     def mean(self, x: Value) -> Value:
         """Average over the map, kept as a map of one pixel."""
-        return self.apply("ReduceMean", (x,), (x.channels, 1, 1), constants=(Constant(integers=(2, 3)),), keepdims=1)
+        return self.apply("GlobalAveragePool", (x,), (x.channels, 1, 1))
 
     def pool(self, x: Value, stride: int) -> Value:
         """Average pooling of `stride` x `stride` windows; a last partial window counts."""

@@ -175,7 +175,7 @@ def test_the_card_says_all_of_it(bundle: Bundle, use: Use) -> None:
     assert target.asked == [0.5] * 6
     text = path.with_suffix(".md").read_text()
     high = card.models[0].timing.high_ms
-    for part in (f"**1.99 ms** (95 %: 1.99 to {high:.4g})", "resizing", "1,234", "first inference", "SHA-256",
+    for part in (f"**1.99 ms** (up to {high:.4g})", "resizing", "1,234", "first inference", "SHA-256",
                  signed(card.models[0].apart),
                  "performance", value["command"], "a chip"):  # fmt: skip
         assert part in text, part

@@ -100,6 +100,19 @@ def test_connections_that_break_without_progress_end_it(place: Place, answer: An
     assert told == [0] and len(far.jobs) == TRIES
 
 
+def test_weighing_goes_on_likewise(place: Place) -> None:
+    def weight(at: int, load_ms: float) -> dict[str, Any]:
+        whole = {"resident_bytes": 9, "added_bytes": 1, "load_ms": load_ms, "first_ms": 1.0, "images_per_s": 7.0}
+        return {"index": at, "weight": whole}
+
+    far = FakeFar([weight(1, 2.0), Broken("gone")], [Broken("gone")], [weight(0, 1.0), weight(1, 3.0), DONE])
+    assert [found.load_ms for found in place(far).weigh(models(3), batch=4, seconds=0.5)] == [1.0, 2.0, 3.0]
+    assert [[model["many"] for model in job["models"]] for job in far.jobs] == [[4] * 3, [4] * 2, [4] * 2]
+    twice = FakeFar([weight(0, 2.0), weight(0, 2.0), DONE])
+    with pytest.raises(InputError, match="answered for twice"):
+        place(twice).weigh(models(2))
+
+
 def test_another_machine_behind_the_name_is_noticed_when_the_connection_is_made_anew(place: Place, answer: Answer) -> None:
     far = FakeFar([answer(0), Broken("gone")], hellos=[HERE, {**HERE, "cores": 8}])
     with pytest.raises(InputError, match=r"another machine than before .cores is 8 now and 4 before.: measure again"):

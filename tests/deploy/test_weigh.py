@@ -70,21 +70,18 @@ def test_a_model_with_another_input_than_told_is_one_line(local: Local) -> None:
 
 
 @pytest.mark.slow
-def test_a_runner_that_is_killed_is_one_line_and_another_one_takes_its_place(local: Local) -> None:
+def test_of_a_runner_that_is_killed_another_one_takes_the_place(local: Local) -> None:
     local.fingerprint()
     process: Any = local._far._process
     process.kill()
     process.wait()
-    with pytest.raises(InputError, match="the connection ended") as raised:
-        local.weigh([layer(8)])
-    assert "\n" not in str(raised.value)
     assert local.weigh([layer(8)], seconds=0.01)[0].load_ms > 0
 
 
 @pytest.mark.parametrize(
     "code, word",
     [
-        (f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})", "ended with -9 .it was killed, as a system does"),
+        (f"import os; os.kill(os.getpid(), {int(signal.SIGKILL)})", "was killed, as a system does"),
         ("sys.exit('first\\nlast words')", "ended with 1 .last words"),
         ("sys.exit(0)", "ended with 0 .no word"),
     ],

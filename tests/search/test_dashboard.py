@@ -22,9 +22,9 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from search import dashboard as shown
-from search.budget import parse_all
+from search.budget import WEIGHED, parse_all
 from search.dashboard import Mirror, dashboard
-from search.records import Row
+from search.records import PROBE, Measurement, Row, Weighed
 from search.store import Store
 from search.table import children
 from supernet.costs import arch_costs
@@ -120,6 +120,24 @@ def test_who_was_scored_on_few_images_or_misses_a_budget_is_not_feasible(
     assert [all(value <= 0 for value in trial.constraints.values()) for trial in trials] == feasible
     assert 5 < sum(feasible) < 25
     assert {trial.user_attrs["key"] for trial in trials if trial.user_attrs["elite"]}.isdisjoint({row.key for row in few})
+
+
+def test_a_child_that_misses_a_measured_budget_is_not_feasible(store: Store, mirror: Callable[..., Mirror]) -> None:
+    """Of a child that was not measured a budget says nothing; what was measured of its export counts before its probe's."""
+    slow, quick, heavy, light, *_ = keys = [row.key for row in store.rows()]
+    store.add_measurements([
+        Measurement(slow, "local:threads=1:ab", 3.0, 2.9, 3.1, {}), Measurement(quick, "local:threads=1:ab", 1.0, 0.9, 1.1, {}),
+        Measurement(quick, f"{PROBE}local:threads=1:ab", 3.0, 2.9, 3.1, {}),
+    ])  # fmt: skip
+    spans = dict.fromkeys(WEIGHED, (1.0, 1.0, 1.0))
+    store.add_weighed([Weighed(heavy, "local:threads=1:ab", 8, {**spans, "load_ms": (4.0, 5.0, 6.0)}),
+                       Weighed(light, f"{PROBE}local:threads=1:ab", 8, spans)])  # fmt: skip
+    made = mirror(budgets=parse_all(["latency_ms<=2", "load_ms<=5.5"]))
+    made.update(children(store))
+    violated = {trial.user_attrs["key"]: trial.constraints for trial in read(made.path)}
+    assert {key for key in keys if any(value > 0 for value in violated[key].values())} == {slow, heavy}
+    assert violated[slow] | {"images missing": 0.0, "latency_ms<=2": 1.0, "load_ms<=5.5": 0.0} == violated[slow]
+    assert violated[heavy]["load_ms<=5.5"] == 1.0
 
 
 def test_a_score_that_is_no_number_is_a_failed_trial(store: Store, space: Space, mirror: Callable[..., Mirror]) -> None:

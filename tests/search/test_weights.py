@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
+from deploy.far import Unable
 from deploy.kit import Kit
 from deploy.targets import Local, Model, Weight
 from search.budget import WEIGHED, Budget, foretold, parse_all
@@ -22,7 +23,7 @@ from search.loop import search as search_loop
 from search.settings import SearchConfig
 from search.store import Store
 from search.table import children, chosen
-from search.weights import BATCH, SITTINGS, Scales, holds, span
+from search.weights import BATCH, PROBINGS, SITTINGS, Scales, holds, quietest, span
 from supernet.errors import InputError
 from supernet.run import Run
 from supernet.space import load_space
@@ -39,8 +40,13 @@ class FakeScales(FakeTarget):
 
     weighed: list[int] = field(default_factory=list)
 
-    def weigh(self, models: Sequence[Model], *, batch: int = 8) -> list[Weight]:
+    most_macs: float = float("inf")
+    """It has no memory for more."""
+
+    def weigh(self, models: Sequence[Model], *, batch: int = 8, seconds: float = 1.0) -> list[Weight]:
         self.weighed.append(len(models))
+        if any(macs_of(onnx.load_model_from_string(model.data)) > self.most_macs for model in models):
+            raise Unable("board: too little memory for a model there")
         macs = [macs_of(onnx.load_model_from_string(model.data)) for model in models]
         more = 1 + 0.01 * (len(self.weighed) % 3)
         return [
@@ -72,17 +78,39 @@ def test_a_budget_holds_for_the_worst_that_was_seen() -> None:
     assert held == ["load_ms<=3", "load_ms>=1"]
 
 
+def test_what_a_target_cannot_run_is_too_heavy_and_ends_nothing(tmp_path: Path) -> None:
+    target = FakeScales(most_macs=macs_of(onnx.load_model_from_string(_probe(SPACE.largest))) - 1)
+    archs, budget = [SPACE.smallest, SPACE.largest], Budget.parse("load_ms<=100")
+    with Store.open(tmp_path / "search.sqlite", identity={}) as store:
+        scales = Scales(SPACE, store, {None: target})
+        scales.refuse_impossible([budget])
+        assert scales.too_heavy(budget, archs) == {
+            SPACE.largest: "cannot be weighed for load_ms<=100: board: too little memory for a model there"
+        }
+        assert set(scales.exported(None, archs, _probe)) == {SPACE.smallest}
+        target.most_macs = 0
+        with pytest.raises(
+            InputError, match="the smallest child of the space digits cannot be weighed: board: too little memory"
+        ):
+            Scales(SPACE, None, {None: target}).refuse_impossible([budget])
+
+
+def test_a_candidate_is_refused_by_the_quietest_that_was_seen(tmp_path: Path) -> None:
+    spans = {"load_ms": (1.0, 2.0, 3.0), "images_per_s": (1.0, 2.0, 3.0)}
+    assert (quietest(Budget.parse("load_ms<=1"), spans), quietest(Budget.parse("images_per_s>=1"), spans)) == (1.0, 3.0)
+    assert not holds(Budget.parse("load_ms<=1"), None)
+
+
 def test_children_are_weighed_once_finalists_several_times(tmp_path: Path) -> None:
     target, archs = FakeScales(), [SPACE.smallest, SPACE.largest, SPACE.smallest]
     with Store.open(tmp_path / "search.sqlite", identity={}) as store:
         scales = Scales(SPACE, store, {None: target})
         found = scales.probes(None, archs)
         assert found == Scales(SPACE, store, {None: target}).probes(None, archs)
-        assert target.weighed == [2]
-        assert {low == most for spans in found.values() for low, _, most in spans.values()} == {True}
+        assert target.weighed == [1] * 2 * PROBINGS
         data = {arch: _probe(arch) for arch in archs}
         again = scales.exported(None, archs, data.__getitem__)
-        assert target.weighed == [2] + [2] * SITTINGS
+        assert target.weighed == [1] * 2 * (PROBINGS + SITTINGS)
         low, middle, most = again[SPACE.smallest]["load_ms"]
         assert low < middle < most
         rows = store.weighed()

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import torch
 
 from deploy import verify
 from deploy.bundle import Bundle
+from deploy.fold import folded
 from deploy.predict import check
 from deploy.ship import classes_of
 from supernet.costs import arch_costs
@@ -24,7 +26,9 @@ def verify_again(path: Path, run: Path | None, images: Path | None) -> dict[str,
     Raises `InputError` for a damaged bundle or another run's, `deploy.verify.VerificationError` where a proof fails.
     """
     bundle = Bundle.open(path)
-    _check_graph(path / "model.onnx")
+    for name in bundle.manifest["files"]:
+        if name.endswith(".onnx"):
+            _check_graph(bundle.path / name)
     result: dict[str, Any] = {"bundle": str(path), "files": len(bundle.manifest["files"]), "hashes": "ok", "graph": "ok"}
     if run is not None:
         result |= _against_run(bundle, Run.open(run))
@@ -75,9 +79,13 @@ def _against_run(bundle: Bundle, run: Run) -> dict[str, Any]:
     wrong = [name for name, value in expected.items() if bundle.fact(name) != json.loads(json.dumps(value))]
     if wrong:
         raise verify.VerificationError(f"the manifest of {bundle.path} says another {wrong[0]} than {run.path} has")
+    resolution, network = run.space.resolution(arch), evaluator.calibrated(arch)
     child_images, child_difference = verify.child_equals_extracted(evaluator, arch)
-    found = verify.onnx_equals_torch(
-        bundle.predictor, evaluator.calibrated(arch), run.space.resolution(arch), confirm, run.path / "images", run.task
+    pixels = evaluator.train.pixels(resolution, verify.CHILD_IMAGES)
+    images = torch.from_numpy(confirm.preprocessing(resolution).normalise(pixels))
+    folding = verify.folded_equals_extracted(folded(network), network, images)
+    found = verify.onnx_equals_torch(bundle.predictor, network, resolution, confirm, run.path / "images", run.task)
+    parity = verify.Parity(
+        child_images, child_difference, folding, len(confirm), found.difference, found.largest, found.agreement
     )
-    parity = verify.Parity(child_images, child_difference, len(confirm), found.difference, found.largest, found.agreement)
     return {**parity.as_dict(), f"confirm_{run.task.metric}": run.task.estimate(found.scores).value}

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from deploy import predict
+from deploy import archive, predict
 from deploy.predict import Predictor, read_manifest
 from supernet import durable, preprocess
 from supernet.errors import InputError
@@ -44,8 +45,10 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
-        """Verify a bundle. Raises `InputError` that names the file that is missing, changed or not listed."""
+        """Verify a bundle, a folder or a .zip. Raises `InputError` that names the file that is missing, changed or not listed."""
         folder = Path(path)
+        if folder.is_file() and not folder.is_symlink():
+            return cls._unpacked(folder)
         try:
             manifest = read_manifest(folder)
         except ValueError as error:
@@ -72,6 +75,19 @@ class Bundle:
         if missing:
             raise InputError(f"{folder}: the manifest does not list {sorted(missing)[0]}: export the child again")
         return cls(folder, manifest)
+
+    @classmethod
+    def _unpacked(cls, path: Path) -> Bundle:
+        """Of a .zip; what it unpacks to goes with the bundle."""
+        folder = Path(tempfile.mkdtemp(prefix="nestling-"))
+        try:
+            archive.unpack(path, folder)
+            bundle = cls.open(folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        weakref.finalize(bundle, shutil.rmtree, folder, ignore_errors=True)
+        return bundle
 
     def fact(self, *names: str) -> Any:
         """A value of the manifest by its path, such as ("accuracy", "metric"). Raises `InputError` where there is none."""
@@ -190,4 +206,4 @@ def write_model(folder: Path, model: bytes, manifest: dict[str, Any]) -> None:
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest with the hashes of all that lies beside it."""
     hashes = {file.name: durable.sha256(file) for file in sorted(folder.iterdir()) if file.name != "manifest.json"}
-    durable.write_text(folder / "manifest.json", json.dumps({**manifest, "files": hashes}, indent=1) + "\n")
+    durable.write_text(folder / "manifest.json", json.dumps({**manifest, "files": hashes}, indent=1, allow_nan=False) + "\n")

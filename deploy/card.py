@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import yaml
 
 from supernet.space import Space
 from supernet.task import task_named
@@ -17,6 +19,7 @@ def card(manifest: Mapping[str, Any], space: Space) -> str:
     kind = f"An image classifier for {len(manifest['classes'])} classes" if classifies else "A network from images to images"
     outputs, meaning = ("logits", "logits") if classifies else ("outputs", "an image, normalised as the input")
     lines = [
+        *front_matter(manifest),
         f"# Child {manifest['key']} of {plain(manifest['space']['name'])}",
         "",
         f"{kind} from one weight-sharing supernet, not retrained.",
@@ -53,9 +56,11 @@ def card(manifest: Mapping[str, Any], space: Space) -> str:
         "",
         *architecture(manifest, space),
         "",
+        *_files(manifest, show),
         "## Verified at export",
         "",
         f"* Supernet child and extracted child: {outputs} differ by {parity['child_difference']:.2e}, {parity['child_images']} images.",
+        f"* Extracted child and itself with batch norm folded: {parity['folded_difference']:.2e}.",
         f"* torch and ONNX Runtime, from image files: at most {parity['onnx_difference']:.2e} on {parity['onnx_images']} images, where "
         f"{outputs} reach {_reach(parity)}.",
         f"* `images.json` lists every image with its {'label and prediction' if classifies else metric}; "
@@ -65,6 +70,62 @@ def card(manifest: Mapping[str, Any], space: Space) -> str:
     if classifies:
         lines += ["## Classes", "", ", ".join(f"`{plain(name)}`" for name in manifest["classes"]), ""]
     return "\n".join(lines)
+
+
+def front_matter(manifest: Mapping[str, Any]) -> list[str]:
+    """The YAML that model hubs read (https://huggingface.co/docs/hub/model-cards)."""
+    accuracy, classifies = manifest["accuracy"], manifest.get("task", "classification") == "classification"
+    task = "image-classification" if classifies else "image-to-image"
+    metric = "accuracy" if accuracy["metric"] == "top1" else accuracy["metric"]
+    dataset = {"name": str(manifest["training"]["data"]), "type": str(manifest["training"]["data"]), "split": accuracy["split"]}
+    result = {"task": {"type": task}, "dataset": dataset, "metrics": [{"type": metric, "value": accuracy[accuracy["metric"]]}]}
+    facts = {
+        "library_name": "onnx", "pipeline_tag": task, "tags": ["onnx", "onnxruntime", "neural-architecture-search", "nestling"],
+        "model-index": [{"name": f"child {manifest['key']}", "results": [result]}],
+    }  # fmt: skip
+    return ["---", *yaml.safe_dump(facts, sort_keys=False).splitlines(), "---", ""]
+
+
+def _files(manifest: Mapping[str, Any], show: Callable[[float], str]) -> list[str]:
+    """A table of the model files, and what phones make of them; nothing where there is one file."""
+    models = manifest.get("models", [])
+    if len(models) < 2:
+        return []
+    lines = [
+        "## Files",
+        "",
+        "| file | bytes | score (confirm images) | against fp32 | latency (ms) | |",
+        "|---|---|---|---|---|---|",
+    ]
+    for each in models:
+        parity, latency = each.get("parity"), each.get("latency")
+        score = "|"
+        if parity:
+            span = f"{parity['change_low']:+.4f} to {parity['change_high']:+.4f}"
+            score = f"{show(parity['score'])} | {parity['change']:+.4f} ({span})"
+        timed = f"{latency['latency_ms']:.4g}" if latency else ""
+        lines.append(f"| `{each['file']}` | {each['size_bytes']:,} | {score} | {timed} | {_notes(each)} |")
+    for name, reason in manifest.get("refused", {}).items():
+        lines += ["", f"`{name}` was not made: {plain(reason)}."]
+    if mobile := manifest.get("mobile"):
+        lines += ["", "ONNX Runtime's checker, of the model with fixed shapes:", ""]
+        lines += [
+            f"* {name}: {each['supported']} of {each['nodes']} operators in {each['partitions']} partition(s): {each['verdict']}"
+            + (f"; not taken: {', '.join(each['unsupported'])}" if each["unsupported"] else "")
+            for name, each in mobile.items()
+        ]
+    return [*lines, ""]
+
+
+def _notes(model: Mapping[str, Any]) -> str:
+    """What is special about a file."""
+    said = [f"for {model['platform']}"] if "platform" in model else []
+    said += ["one image at a time"] if model.get("batch") == 1 else []
+    said += ["uint8 pixels in, NHWC; preprocessing inside"] if "input" in model else []
+    if "recipe" in model:
+        said.append(f"{model['recipe']}, {model['operators']} operators, {model['calibration']}")
+        said += [f"in fp32: {', '.join(plain(name) for name in model['fp32_layers'])}"] if model["fp32_layers"] else []
+    return "; ".join(said)
 
 
 def _reach(parity: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,11 +14,13 @@ from deploy.profile import profile
 
 if TYPE_CHECKING:
     from deploy.bundle import Bundle
+    from deploy.formats import Wanted
+    from deploy.targets import Target
     from supernet.arch import Arch
     from supernet.run import Run
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder that `nestling export` wrote.")]
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder or .zip that `nestling export` wrote.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -36,20 +38,34 @@ def export(
     arch: Annotated[str, typer.Option("--arch", help="best (of the latest search), smallest, largest, or a JSON file.")] = "best",
     split: Annotated[str, typer.Option("--split", help="Images for the accuracy: test (reads are counted) or confirm.")] = "test",
     front: Annotated[int, typer.Option("--front", min=0, help="Export the children of a search with --front, each to a folder.")] = 0,
+    formats: Annotated[
+        str, typer.Option("--format", help="More files, such as fixed,pixels,fp16,int8,ort; model.onnx is always there.")
+    ] = "onnx",
+    target: Annotated[
+        str | None, typer.Option("--target", help="The device that int8 and ort are for, and all files are timed on, such as local.")
+    ] = None,
+    most_loss: Annotated[
+        float | None, typer.Option("--most-loss", help="What int8 and fp16 may cost: points of accuracy (0.5 if left out), or dB.")
+    ] = None,
+    zipped: Annotated[bool, typer.Option("--zip", help="Also pack the bundle into a .zip beside it.")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Export a child to a verified bundle: ONNX model, manifest, card, and a script that predicts."""
+    from deploy.archive import pack
     from supernet.console import print_json
     from supernet.run import Run
     from supernet.space import read_arch
 
     found, where = Run.open(run), out or run / ("bundles" if front else "bundle")
+    how = _how(found, formats, target, most_loss)
     if front:
         wanted = front_of(found, front)
         refuse_strangers(where, set(wanted))
-        bundles = [_shipped(found, child, where / name, split) for name, child in wanted.items()]
+        bundles = [_shipped(found, child, where / name, split, how) for name, child in wanted.items()]
     else:
-        bundles = [_shipped(found, best_of(found) if arch == "best" else (read_arch(found.space, arch), []), where, split)]
+        bundles = [_shipped(found, best_of(found) if arch == "best" else (read_arch(found.space, arch), []), where, split, how)]
+    for bundle in bundles if zipped else ():
+        pack(bundle.path, bundle.path.with_name(f"{bundle.path.name}.zip"))
     if as_json:
         results = [{"bundle": str(bundle.path), **_short(bundle.manifest)} for bundle in bundles]
         print_json(results if front else results[0])
@@ -69,10 +85,22 @@ def refuse_strangers(folder: Path, names: set[str]) -> None:
         raise InputError(f"{folder} holds {others[0]} of another search: remove it, or choose another --out")
 
 
-def _shipped(run: Run, child: tuple[Arch, list[Mapping[str, Any]]], out: Path, split: str) -> Bundle:
+def _how(run: Run, formats: str, target: str | None, most_loss: float | None) -> tuple[Wanted, Target | None]:
+    """What files are to be made, and for which device."""
+    from deploy.formats import wanted
+    from deploy.places import parse_target
+
+    place = parse_target(target) if target else None
+    unit = 100 if most_loss is not None and run.task.unit == "%" else 1
+    return wanted(formats, place, None if most_loss is None else most_loss / unit), place
+
+
+def _shipped(
+    run: Run, child: tuple[Arch, list[Mapping[str, Any]]], out: Path, split: str, how: tuple[Wanted, Target | None]
+) -> Bundle:
     from deploy.ship import ship
 
-    return ship(run, child[0], out, split=split, latencies=child[1])
+    return ship(run, child[0], out, split=split, latencies=child[1], wanted=how[0], target=how[1])
 
 
 def _tell(run: Run, bundle: Bundle) -> None:
@@ -88,6 +116,22 @@ def _tell(run: Run, bundle: Bundle) -> None:
     )
     print(f"verified: supernet child to extracted child {parity['child_difference']:.2e}, torch to ONNX Runtime "
           f"{parity['onnx_difference']:.2e}, {proof} {parity['onnx_images']} images")  # fmt: skip
+    if len(bundle.manifest["models"]) > 1:
+        print("\n".join(model_line(each, show) for each in bundle.manifest["models"]))
+    for name, reason in bundle.manifest.get("refused", {}).items():
+        print(f"{name} was not made: {reason}")
+
+
+def model_line(model: Mapping[str, Any], show: Callable[[float], str]) -> str:
+    """A file of a bundle in a line: size, score and latency. `show` writes a score."""
+    line = f"{model['file']}: {model['size_bytes']:,} bytes"
+    if parity := model.get("parity"):
+        line += f", score {show(parity['score'])} ({parity['change']:+.4f} against fp32, {parity['images']} confirm images)"
+    if latency := model.get("latency"):
+        line += f", {latency['latency_ms']:.4g} ms" + ("" if latency["stable"] else " (not stable)")
+    if kept := model.get("fp32_layers"):
+        line += f", {len(kept)} layers in fp32"
+    return line
 
 
 def verify(
@@ -121,21 +165,24 @@ def predict(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
     top: Annotated[int, typer.Option("--top", min=1, help="Classes printed for each image.")] = 3,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the images that a regression makes.")] = None,
+    model: Annotated[str, typer.Option("--model", help="Another model of the bundle, such as model.int8.onnx.")] = "model.onnx",
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each image.")] = False,
 ) -> None:
     """Print classes and probabilities of images, or make images of images, with ONNX Runtime, NumPy and Pillow alone."""
     from deploy import predict as predicting
+    from deploy.bundle import Bundle
     from supernet.errors import InputError
 
+    opened = Bundle.open(bundle) if bundle.is_file() else None  # a .zip
     try:
-        predictor = predicting.Predictor(bundle)
+        predictor = predicting.Predictor(opened.path if opened else bundle, model=model)
         predicting.report(predictor, [str(image) for image in images], top, as_json, out)
     except ValueError as error:
         raise InputError(str(error)) from error
 
 
 def measure(
-    bundle: Annotated[Path | None, typer.Argument(metavar="BUNDLE", help="A folder that `nestling export` wrote.")] = None,
+    bundle: Annotated[Path | None, typer.Argument(metavar="BUNDLE", help="A folder or .zip that `nestling export` wrote.")] = None,
     target: Annotated[str | None, typer.Option("--target", help="Where: local, local:THREADS, local?runtime=openvino.")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images at once for the throughput; latency is at batch 1.")] = 8,
     out: Annotated[Path | None, typer.Option("--out", help="The card, X.json; into the bundle if left out.")] = None,
@@ -167,7 +214,7 @@ def measure(
         return
     if bundle is None:
         raise InputError("nestling measure takes the BUNDLE that is to be measured, or --verify with a card, but got neither")
-    card, path = measured(Bundle.open(bundle), target or "local", batch, most_seconds, out)
+    card, path = measured(Bundle.open(bundle), target or "local", batch, most_seconds, out, zipped=bundle.is_file())
     if as_json:
         print_json({"card": str(path), **card.as_dict()})
         return

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from deploy.fold import folded
+from deploy.graph import pool_whole_maps
 
 OPSET = 20
 INPUT, OUTPUT = "images", "logits"
@@ -37,31 +38,10 @@ def to_onnx(network: nn.Module, *, channels: int, resolution: int, output: str =
     left = [node.op_type for node in model.graph.node if node.op_type in {"BatchNormalization", "Resize"}]
     if left:
         raise ValueError(f"an exported child holds neither batch norm nor a resize, but the graph has {left[0]}")
-    _pool_whole_maps(model.graph)
+    pool_whole_maps(model.graph)
     _strip(model)
     onnx.checker.check_model(model, full_check=True)
     return model
-
-
-def _pool_whole_maps(graph: onnx.GraphProto) -> None:
-    """Write a mean over all pixels of a map as what it is: phones' accelerators take a GlobalAveragePool, and no ReduceMean."""
-    axes = {
-        tensor.name: onnx.numpy_helper.to_array(tensor)
-        for tensor in graph.initializer
-        if tensor.data_type == onnx.TensorProto.INT64
-    }
-    ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in (*graph.input, *graph.value_info)}
-    for node in graph.node:
-        if node.op_type != "ReduceMean" or len(node.input) < 2 or node.input[1] not in axes or ranks.get(node.input[0]) != 4:
-            continue
-        keeps = all(each.i for each in node.attribute if each.name == "keepdims")
-        if keeps and sorted(axis % 4 for axis in axes[node.input[1]].tolist()) == [2, 3]:
-            node.op_type = "GlobalAveragePool"
-            del node.input[1:], node.attribute[:]
-    read = {name for node in graph.node for name in node.input}
-    left = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(left)
 
 
 def _strip(model: onnx.ModelProto) -> None:

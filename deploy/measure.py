@@ -124,11 +124,15 @@ def pooled(taken: Sequence[Timing], width: float) -> Timing:
     )  # fmt: skip
 
 
-def measured(bundle: Bundle, text: str, batch: int, most_seconds: float | None, out: Path | None) -> tuple[Measurement, Path]:
+def measured(
+    bundle: Bundle, text: str, batch: int, most_seconds: float | None, out: Path | None, *, zipped: bool = False
+) -> tuple[Measurement, Path]:  # fmt: skip
     """Measure a bundle and write the card, into the bundle or to `out`; returns both card and place.
 
-    Raises `InputError`; for a place that will not do, before anything is measured.
+    A bundle that is `zipped` has no room for it. Raises `InputError`; for a place that will not do, before anything is measured.
     """
+    if out is None and zipped:
+        raise InputError("the card of a .zip needs a place of its own: give --out CARD.json")
     if out is None:
         durable.refuse_unwritable(bundle.path)
     else:
@@ -149,8 +153,13 @@ def models_of(bundle: Bundle, runtime: str = "onnxruntime") -> list[tuple[str, M
     sizes = shape[1:] if isinstance(shape, list) else []
     if not sizes or not all(type(size) is int and size > 0 for size in sizes):
         raise InputError(f"{bundle.path}: the manifest gives the input as {shape!r}: export the child again")
+    models = bundle.manifest.get("models")
+    special = [each for each in models if isinstance(each, dict)] if isinstance(models, list) else []
+    left_out = {
+        each.get("file") for each in special if "input" in each or "batch" in each
+    }  # a runner makes up images, many of them
     found = []
-    for name in sorted(name for name in listed if name.endswith(ending)):
+    for name in sorted(name for name in listed if name.endswith(ending) and name not in left_out):
         data = (bundle.path / name).read_bytes()
         if hashlib.sha256(data).hexdigest() != listed[name]:  # it was changed since the bundle was opened
             raise InputError(f"{bundle.path}: {name!r} was changed since it was exported: export the child again")

@@ -3,6 +3,7 @@
     python predict.py IMAGE...                 class and probability of each image; of a regression, its PSNR
     python predict.py IMAGE... --out FOLDER    of a regression: also write the images that the model makes, as PNG
     python predict.py --json IMAGE...          a line of JSON an image
+    python predict.py --model model.int8.onnx IMAGE...
     python predict.py --check FOLDER           repeat the manifest's score, image by image, on the images in FOLDER
 
 Axes: N images, K classes, C channels, H W space.
@@ -43,12 +44,18 @@ ROUNDING = 2e-5
 
 
 class Predictor:
-    """The model of a bundle. Raises `ValueError` where the manifest or the model is missing, damaged or of another format."""
+    """A model of a bundle, by default model.onnx.
 
-    def __init__(self, folder: str | os.PathLike[str], *, threads: int = 1) -> None:
-        self.folder = Path(folder)
+    Raises `ValueError` where the manifest or the model is missing, damaged or of another format.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, threads: int = 1, model: str = "model.onnx") -> None:
+        self.folder, self.model = Path(folder), model
         self.manifest = read_manifest(self.folder)
-        model = read_verified(self.folder, "model.onnx", self.manifest)
+        if Path(model).name != model or model not in self.manifest["files"]:
+            given = ", ".join(name for name in self.manifest["files"] if name.startswith("model."))
+            raise ValueError(f"{self.folder} has no file {printable(model)[:60]!r}: its models are {given}")
+        content = read_verified(self.folder, model, self.manifest)
         self.task: str = self.manifest.get("task", "classification")
         self.classes: list[str] = self.manifest["classes"]
         self.preprocessing = Preprocessing.from_dict(self.manifest["preprocessing"])
@@ -58,10 +65,10 @@ class Predictor:
         # weights that a model says lie in other files are sought here, where there are none, and not where we happen to stand
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.folder))
         try:
-            self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime has a bare exception of its own for every kind of damage
             reason = " ".join(str(error).split())
-            raise ValueError(f"{self.folder / 'model.onnx'} cannot be loaded ({reason}): export it again") from error
+            raise ValueError(f"{self.folder / model} cannot be loaded ({reason}): export it again") from error
         self._check_shapes()
 
     def _check_shapes(self) -> None:
@@ -71,15 +78,16 @@ class Predictor:
         expected = [("images", image), (OUTPUTS[self.task], made)]
         found = [(value.name, value.shape[1:]) for value in (*self._session.get_inputs(), *self._session.get_outputs())]
         if found != expected:
-            raise ValueError(f"{self.folder}: the manifest describes {expected}, but the model has {found}: export it again")
+            raise ValueError(f"{self.folder}: the manifest describes {expected}, but {self.model} has {found}: export it again")
+        self._one = self._session.get_inputs()[0].shape[0] == 1
 
     def outputs(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
         """What the model gives for images in memory: logits, shape (N, K), or normalised images, shape (N, C, H, W)."""
         return self._run(self.preprocessing(images))
 
     def _run(self, x_nchw: NDArray[np.float32]) -> NDArray[np.float32]:
-        outputs: NDArray[np.float32] = self._session.run(None, {"images": x_nchw})[0]
-        return outputs
+        parts = [x_nchw[at : at + 1] for at in range(len(x_nchw))] if self._one else [x_nchw]
+        return np.concatenate([self._session.run(None, {"images": part})[0] for part in parts])
 
     def predict(self, images: Iterable[str | os.PathLike[str] | Image.Image]) -> NDArray[np.float32]:
         """Probabilities, shape (N, K), of image files or images; of a regression, the pixels it makes, in 0..1, shape (N, H, W, C).
@@ -275,13 +283,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--top", type=int, default=3, help="classes printed for each image")
     parser.add_argument("--out", metavar="FOLDER", help="where the images go that a regression makes")
     parser.add_argument("--check", metavar="FOLDER", help="repeat the manifest's score on the images in FOLDER")
+    parser.add_argument("--model", default="model.onnx", help="another model of the bundle, such as model.int8.onnx")
     given = parser.parse_args(arguments)
     if not given.images and not given.check:
         parser.error("give the paths of images, or --check FOLDER")
     if given.top < 1:
         parser.error("--top is at least 1")
     try:
-        predictor = Predictor(Path(__file__).parent)
+        predictor = Predictor(Path(__file__).parent, model=given.model)
         report(predictor, given.images, given.top, given.json, Path(given.out) if given.out else None)
         if given.check:
             done = check(predictor, Path(given.check))

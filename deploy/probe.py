@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from deploy.export import INPUT, OPSET, OUTPUT
-from deploy.int8 import quantised
+from deploy.int8_probe import quantised
 from supernet.arch import Arch
 from supernet.operations import Constant, Operation, Operations
 from supernet.space import Space
@@ -27,7 +27,7 @@ def probe(space: Space, arch: Arch, precision: str = "fp32") -> bytes:
 
 
 def graph_of(blocks: Iterable[Operations], precision: str = "fp32") -> bytes:
-    """An ONNX file of a chain of blocks, with weights of no meaning. `precision` is fp32 or int8 (`deploy/int8.py`)."""
+    """An ONNX file of a chain of blocks, with weights of no meaning. `precision` is fp32 or int8 (`deploy/int8_probe.py`)."""
     graph = _Graph()
     current = INPUT
     chain = list(blocks)

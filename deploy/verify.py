@@ -43,6 +43,8 @@ class Parity:
     child_images: int
     child_difference: float
     """Largest absolute difference between the supernet's child and the extracted one, on batch statistics."""
+    folded_difference: float
+    """The same between the extracted child, calibrated, and itself with its batch norms folded."""
     onnx_images: int
     onnx_difference: float
     """The same between the extracted child, calibrated, and ONNX Runtime from image files."""
@@ -51,12 +53,15 @@ class Parity:
     """Fraction of images with the same class; None where nothing is classified."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For the manifest. Of a classifier with largest logit and agreement, else with largest output and relative difference."""
+        """For the manifest; of a classifier with largest logit and agreement, else with largest output."""
         known = asdict(self)
         largest, agreement = known.pop("largest_output"), known.pop("agreement")
-        if agreement is not None:
-            return {**known, "largest_logit": largest, "agreement": agreement}
-        return {**known, "largest_output": largest, "relative_difference": self.onnx_difference / max(largest, 1e-30)}
+        known["relative_difference"] = self.onnx_difference / max(largest, 1e-30)
+        return (
+            {**known, "largest_output": largest}
+            if agreement is None
+            else {**known, "largest_logit": largest, "agreement": agreement}
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,16 @@ def child_equals_extracted(evaluator: Evaluator, arch: Arch) -> tuple[int, float
     if not difference <= TOLERANCE * max(1.0, float(child.abs().max())):
         raise VerificationError(f"the extracted child differs from the supernet's by {difference:.3g} in an output")
     return len(images), difference
+
+
+def folded_equals_extracted(folded: nn.Module, network: nn.Module, images: torch.Tensor) -> float:
+    """Largest absolute difference of outputs on normalised images, (N, C, H, W). Raises `VerificationError` beyond rounding."""
+    with torch.no_grad():
+        expected, found = network(images), folded(images)
+    difference = float((expected - found).abs().max())
+    if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
+        raise VerificationError(f"the child with its batch norms folded differs from itself by {difference:.3g} in an output")
+    return difference
 
 
 def _as_evaluated(pixels_nhwc: NDArray[np.uint8], images: SplitImages, device: torch.device) -> torch.Tensor:

@@ -76,7 +76,7 @@ class Choice:
         return Found(
             self.run.path, tuple(map(str, self.budgets)), self.bench.objective.name, tuple(answers), smallest, largest,
             tuple(self.archs[position].key for position in front), len(self.known.rows), self._spent(), tuple(self.notes),
-            self.run.weights_hash,
+            self.run.weights_hash, self.settings.precision,
         )  # fmt: skip
 
     def _answer(self, want: Wanted) -> Answer | None:

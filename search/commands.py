@@ -62,6 +62,10 @@ LatencyFiles = Annotated[
         "--latency", help="NAME=FILE, or FILE for the budgets that name none: a latency model that `nestling profile` wrote."
     ),
 ]
+Precision = Annotated[
+    str | None,
+    typer.Option("--precision", help="int8: children are scored and timed as they are when quantised. fp32 if left out."),
+]
 Workers = Annotated[str | None, typer.Option("--workers", help="ray, ray:ACTORS or ray://HOST:PORT: who evaluates children.")]
 
 
@@ -125,14 +129,14 @@ def evaluate(
 def _arch(run: Run, text: str) -> Arch:
     """The arch that a user means: by name, by file, or by the key of a child that a search evaluated."""
     from search.found import Found
-    from search.store import Store
+    from search.store import Store, latest_store
     from supernet.errors import InputError
     from supernet.space import read_arch
 
     if text == "best":
         return Found.load(run).best.arch
     if re.fullmatch("[0-9a-f]{12}", text) and not Path(text).exists():
-        with Store.existing(run.path / "search" / "search.sqlite") as store:
+        with Store.existing(latest_store(run.path)) as store:
             row = next((row for row in store.rows(samples=False) if row.key == text), None)
         if row is None:
             raise InputError(
@@ -145,7 +149,7 @@ def _arch(run: Run, text: str) -> Arch:
 def search(
     run: RunPath, budget: BudgetTexts = None, child: ChildTexts = None, front: Front = 0, threads: Threads = 1, target: Targets = None,
     latency: LatencyFiles = None, search_config: SearchName = "default", set_: SearchSet = None, workers: Workers = None,
-    device: Device = "auto", as_json: Json = False,
+    device: Device = "auto", precision: Precision = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Find the best child that meets every budget, by measurement on the targets. Without a budget, the best child."""
     from search.loop import Asked
@@ -156,8 +160,9 @@ def search(
     from supernet.recipe import parse_overrides
     from supernet.run import Run
 
-    settings = load_search_config(search_config, parse_overrides(set_ or []))
-    asked = Asked(tuple(budget or ()), tuple(child or ()), front, settings, targets_of(target or (), threads),
+    given = parse_overrides(set_ or []) | ({"precision": precision} if precision else {})
+    settings = load_search_config(search_config, given)
+    asked = Asked(tuple(budget or ()), tuple(child or ()), front, settings, targets_of(target or (), threads, settings.precision),
                   latency=latency_files(latency or ()))  # fmt: skip
     display, opened = Display(), Run.open(run)
     found = search_shown(opened, asked, devices.choose(device), display, workers)
@@ -175,7 +180,11 @@ def search(
         print_table([{"for": answer.name, **_row("", answer.child, text)} for answer in found.answers[1:]], "further children")
     for note in found.notes:
         print(note)
-    print(f"Next: nestling export {run}" + (f" --front {front}" if front else ""))
+    print(
+        f"Next: nestling export {run}"
+        + (f" --front {front}" if front else "")
+        + (" --format int8" if precision == "int8" else "")
+    )
 
 
 def search_shown(run: Run, asked: Asked, device: str, display: Display, workers: str | None = None) -> Found | None:
@@ -220,15 +229,17 @@ def evaluating(run: Run, settings: SearchConfig, device: str, workers: str | Non
             yield together
 
 
-def targets_of(texts: Sequence[str], threads: int) -> Mapping[str | None, Target]:
+def targets_of(texts: Sequence[str], threads: int, precision: str = "fp32") -> Mapping[str | None, Target]:
     """The targets of `--target`: NAME=TARGET, or a YAML file of several; this machine at `threads` threads without a name."""
     from deploy.places import parse_targets, read_targets
     from supernet.errors import InputError
 
     files = [text for text in texts if text.endswith((".yaml", ".yml")) and "=" not in text]
-    found: dict[str | None, Target] = dict(parse_targets([text for text in texts if text not in files], threads=threads))
+    found: dict[str | None, Target] = dict(
+        parse_targets([text for text in texts if text not in files], threads=threads, precision=precision)
+    )
     for file in files:
-        for name, target in read_targets(Path(file)).items():
+        for name, target in read_targets(Path(file), precision=precision).items():
             if name in found:
                 raise InputError(f"every target has a name of its own, but {name!r} of {file} was given before: rename one")
             found[name] = target
@@ -295,13 +306,13 @@ def show(
     """Show the children that searches of a run evaluated: the best of each zone of costs, or sorted by a column."""
     from search import table as tables
     from search.budget import parse_all
-    from search.store import Store
+    from search.store import Store, latest_store
     from supernet.console import print_json, print_table
     from supernet.run import Run
 
     opened = Run.open(run)
     objective = _other_objective(opened)
-    with Store.existing(run / "search" / "search.sqlite") as store:
+    with Store.existing(latest_store(run)) as store:
         rows = tables.children(store, opened.task.columns if objective else None)
     if objective:
         rows = tables.scored(rows, objective, opened.dataset.split("search_val").labels, len(opened.classes))
@@ -344,12 +355,12 @@ def export(
 ) -> None:
     """Write the children that searches of a run evaluated to a file, a row each."""
     from search import table as tables
-    from search.store import Store
+    from search.store import Store, latest_store
     from supernet.run import Run
 
     opened = Run.open(run)
     objective = _other_objective(opened)
-    with Store.existing(run / "search" / "search.sqlite") as store:
+    with Store.existing(latest_store(run)) as store:
         rows = tables.children(store, opened.task.columns if samples or objective else None)
     if objective:
         rows = tables.scored(rows, objective, opened.dataset.split("search_val").labels, len(opened.classes), keep=samples)

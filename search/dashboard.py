@@ -25,7 +25,7 @@ import numpy as np
 from search import pareto
 from search.budget import Budget, parse_all
 from search.found import Found
-from search.store import Store
+from search.store import Store, latest_store
 from search.table import Child, children, columns_of, meets
 from supernet import durable
 from supernet.errors import InputError
@@ -200,7 +200,7 @@ def dashboard(
     """
     folder = run.path / "search"
     with (
-        Store.existing(folder / "search.sqlite") as store,
+        Store.existing(latest_store(run.path)) as store,
         durable.locked(folder / "dashboard.lock", f"the dashboard of {run.path}"),
     ):
         mirror = Mirror(

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from deploy.simulate import Simulation
 from search.rungs import Rung
 from search.trie import Node, Trie
 from supernet.arch import Arch
@@ -153,6 +154,8 @@ class SharedEvaluator:
                     walk.blocks[node] = self._block(node, walk.blocks[node.parent].name if node.parent else b"", rung)
         try:
             self._calibrate(walk, *self._calibration(rung))
+            if self.rungs[rung].precision == "int8":
+                self._quantise(walk, *self._calibration(rung))
             return self._score(walk, rung)
         finally:
             self._spent += Spent(walk.macs)
@@ -198,6 +201,18 @@ class SharedEvaluator:
                 statistics = block.statistics()
                 self._statistics.keep((block.name, size, batches), statistics, statistics.nbytes)
 
+    def _quantise(self, walk: _Walk, size: int, batches: int) -> None:
+        """From here on, all blocks round to 8 bits, by the ranges of the first calibration batch."""
+        pixels = self._train.pixels(walk.resolution, 0, size, batches * size)
+        with ExitStack() as observing:
+            for block in walk.blocks.values():
+                observing.enter_context(block.observing())
+            walk.through(self.evaluator.prepared(pixels), walk.blocks)
+        for node, block in walk.blocks.items():
+            with walk.failing(node):
+                block.round()
+        self._spent += Spent(calibration_forwards=size * sum(len(node.archs) for node in walk.blocks))
+
     def _score(self, walk: _Walk, rung: int) -> dict[Arch, Samples]:
         start, stop = self.rungs[rung - 1].images if rung else 0, self.rungs[rung].images
         task, parts = self.evaluator.task, defaultdict[Node, list[dict[str, Tensor]]](list)
@@ -224,6 +239,7 @@ class _Block:
 
     def __init__(self, name: bytes, module: nn.Module) -> None:
         self.name, self.module, self.seen = name, module.eval(), 0
+        self._simulation: Simulation | None = None
         self.norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
         for norm in self.norms:
             norm.num_batches_tracked = None  # with a momentum it has no use
@@ -241,6 +257,18 @@ class _Block:
             norm.training, norm.track_running_stats = False, True
         self.seen += learns
         return outputs
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Note the ranges of what weighted layers read while the block runs."""
+        self._simulation = Simulation(self.module)
+        with self._simulation.observing():
+            yield
+
+    def round(self) -> None:
+        """Round to 8 bits in weighted layers, from here on."""
+        assert self._simulation is not None
+        self._simulation.begin_rounding()
 
     def statistics(self) -> Tensor:
         """A copy, shape (numbers,)."""

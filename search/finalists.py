@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
+from deploy import int8
 from deploy.export import to_onnx
+from deploy.formats import session
+from deploy.gate import Images
 from deploy.kit import Kit
 from deploy.latency import LatencyModel
 from deploy.targets import Latency, Model, Target
@@ -20,9 +24,10 @@ from search.statistics import compare, confidence_set, holm, shrunk
 from search.store import Store
 from search.weights import Scales, Spans, holds
 from supernet.arch import Arch
+from supernet.data.dataset import SplitImages
 from supernet.evaluate import Evaluator
 from supernet.run import Run
-from supernet.samples import pack, unpack
+from supernet.samples import Samples, pack, unpack
 from supernet.task import Estimate
 
 Latencies = Mapping[str | None, Latency]
@@ -42,6 +47,9 @@ class Bench:
     objective: Objective
     models: Mapping[str | None, LatencyModel]
     """What is known of the targets that nothing here reaches (kits)."""
+    precision: str = "fp32"
+    """int8: what is measured and confirmed is the quantised child."""
+    _quantised: dict[Arch, onnx.ModelProto] = field(default_factory=dict)
 
     @property
     def _metric(self) -> Objective:
@@ -105,8 +113,7 @@ class Bench:
             if arch.key in known:
                 samples = unpack(known[arch.key].samples, known[arch.key].images, task.columns)
             else:
-                network, resolution = self.evaluator.calibrated(arch), self.run.space.resolution(arch)
-                samples = self.evaluator.samples(network, resolution, split)
+                samples = self._samples(arch, split)
             values = self.objective.values(samples, split.labels, len(self.run.classes))
             if arch.key not in known:
                 score = float(self._metric.values(samples, split.labels, len(self.run.classes)).mean(dtype=np.float64))
@@ -114,10 +121,22 @@ class Bench:
             found[arch] = values
         return found
 
+    def _samples(self, arch: Arch, split: SplitImages) -> Samples:
+        """What a child does on every image of a split: in torch, or, quantised, in ONNX Runtime."""
+        resolution = self.run.space.resolution(arch)
+        if self.precision == "fp32":
+            return self.evaluator.samples(self.evaluator.calibrated(arch), resolution, split)
+        return Images(split, resolution, self.run.task).samples(session(self._exported(arch).data))
+
     def _exported(self, arch: Arch) -> Model:
-        space = self.run.space
-        model = to_onnx(self.evaluator.calibrated(arch), channels=space.family.in_channels, resolution=space.resolution(arch))
-        return Model(model.SerializeToString(), space.family.in_channels, space.resolution(arch))
+        space, resolution = self.run.space, self.run.space.resolution(arch)
+        model = to_onnx(self.evaluator.calibrated(arch), channels=space.family.in_channels, resolution=resolution)
+        if self.precision == "int8":
+            if arch not in self._quantised:
+                batches, recipe = int8.calibration_batches(self.evaluator.train, resolution), int8.recipe_here()
+                self._quantised[arch] = int8.Quantiser(model, batches, recipe)(int8.Attempt())
+            model = self._quantised[arch]
+        return Model(model.SerializeToString(), space.family.in_channels, resolution)
 
 
 def meets(budgets: Sequence[Budget], costs: Mapping[str, float], latencies: Latencies, weights: Weights | None = None) -> bool:

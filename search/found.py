@@ -102,6 +102,8 @@ class Found:
     notes: tuple[str, ...]
     weights_sha256: str
     """The weights that were searched; other weights make other scores."""
+    precision: str = "fp32"
+    """int8: scores and latencies are those of quantised children."""
 
     @property
     def best(self) -> Child:
@@ -124,7 +126,7 @@ class Found:
             "format": FORMAT, "budgets": list(self.budgets), "objective": self.objective, "best": self.best.as_dict(),
             "answers": [answer.as_dict() for answer in self.answers], "smallest": self.smallest.as_dict(),
             "largest": self.largest.as_dict(), "front": list(self.front), "evaluated": self.evaluated, "spent": dict(self.spent),
-            "notes": list(self.notes), "weights_sha256": self.weights_sha256,
+            "notes": list(self.notes), "weights_sha256": self.weights_sha256, "precision": self.precision,
         }  # fmt: skip
 
     def save(self) -> Path:
@@ -151,7 +153,7 @@ class Found:
             return cls(
                 run.path, _texts(value["budgets"]), str(value["objective"]), answers, _child(run, value["smallest"]),
                 _child(run, value["largest"]), _texts(value["front"]), int(value["evaluated"]), _numbers(value["spent"]),
-                _texts(value["notes"]), str(value["weights_sha256"]),
+                _texts(value["notes"]), str(value["weights_sha256"]), str(value.get("precision", "fp32")),
             )  # fmt: skip
         except InputError:
             raise

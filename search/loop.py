@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ from search.objective import Objective, fingerprint, objective_named
 from search.reach import refuse_impossible
 from search.rungs import Rung, rungs
 from search.settings import SearchConfig
-from search.store import Store
+from search.store import Store, store_path
 from search.strategies import Strategy
 from search.strategies.registry import make
 from search.wanted import Wanted, caps, parse_budgets, wanted
@@ -98,6 +98,10 @@ class _Search:
 
     def __post_init__(self) -> None:
         self.settings, self.space = self.asked.settings, self.run.space
+        here = Local(precision=self.settings.precision)  # in place of the default
+        self.asked = replace(
+            self.asked, targets={name: here if target == Local() else target for name, target in self.asked.targets.items()}
+        )
         self.budgets, self.wanted = parse_budgets(self.asked.budgets), list(wanted(self.asked.children))
         self.objective = self.asked.objective or objective_named(self.settings.objective, self.run.task)
         self.bounds = (*self.budgets, *(budget for want in self.wanted for budget in want.budgets))
@@ -105,6 +109,10 @@ class _Search:
         self.weighed = {budget.target for budget in self.bounds if budget.metric in WEIGHED}
         if not 0 <= self.asked.front <= MOST_FRONT:
             raise InputError(f"a front has 0 to {MOST_FRONT} children, but got {self.asked.front}")
+        other = [target.name for target in self.asked.targets.values() if target.precision != self.settings.precision]
+        if other:
+            raise InputError(f"the search is for {self.settings.precision} children, but {other[0]} times others: give "
+                             f"--precision for all, and no target a precision of its own")  # fmt: skip
         unknown = [name for name in (*self.timed, *self.weighed) if name not in self.asked.targets]
         if unknown:
             given = ", ".join(name for name in self.asked.targets if name) or "none"
@@ -123,12 +131,14 @@ class _Search:
         feasible = self._feasible(self._latency_models())
         front = self._front(feasible)
         evaluator = self.run.evaluator(self.device)
-        with Store.open(self.run.path / "search" / "search.sqlite", identity=identity(self.run, self.settings)) as store:
+        with self._store() as store:
             known = self._known(store, feasible.costs, evaluator)
             direct = Direct(self.space, store, self.budgets, self.asked.targets, feasible.models)
             engine = self._engine(known, feasible, front, evaluator, direct)
             engine.go()
-            bench = Bench(self.run, evaluator, store, self.asked.targets, self.objective, feasible.models)
+            bench = Bench(
+                self.run, evaluator, store, self.asked.targets, self.objective, feasible.models, self.settings.precision
+            )
             found = Choice(bench, known, feasible, engine, self.wanted, self.budgets, self.settings).go()
         found.save()
         return found
@@ -136,8 +146,11 @@ class _Search:
     def _refuse_too_heavy(self) -> None:
         """Of what children weigh, what none can meet, before anything else is measured."""
         if self.weighed:
-            with Store.open(self.run.path / "search" / "search.sqlite", identity=identity(self.run, self.settings)) as store:
+            with self._store() as store:
                 Scales(self.space, store, self.asked.targets).refuse_impossible(self.bounds)
+
+    def _store(self) -> Store:
+        return Store.open(store_path(self.run.path, self.settings.precision), identity=identity(self.run, self.settings))
 
     def _known(self, store: Store, costs: Costs, evaluator: Evaluator) -> Known:
         split = self.run.dataset.split("search_val")
@@ -259,7 +272,7 @@ def steps_of(run: Run, settings: SearchConfig) -> tuple[Rung, ...]:
     images, train = len(run.dataset.splits.search_val), len(run.dataset.splits.train)
     calibration = min(train, settings.calibration_images or run.recipe.calibration_images)
     first = settings.first_rung if settings.race else images
-    return rungs(images, calibration, first=first, factor=settings.rung_factor)
+    return rungs(images, calibration, first=first, factor=settings.rung_factor, precision=settings.precision)
 
 
 def identity(run: Run, settings: SearchConfig) -> dict[str, str]:
@@ -272,6 +285,7 @@ def identity(run: Run, settings: SearchConfig) -> dict[str, str]:
         "evaluation": json.dumps({
             "crop": run.recipe.crop, "images": len(run.dataset.splits.search_val),
             "rungs": [[step.images, step.calibration_images] for step in steps_of(run, settings)],
+            **({"precision": settings.precision} if settings.precision != "fp32" else {}),
         }),
     }  # fmt: skip
 

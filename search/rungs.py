@@ -23,9 +23,13 @@ class Rung:
 
     images: int
     calibration_images: int
+    precision: str = "fp32"
+    """int8: weighted layers compute with numbers of 8 bits (`deploy.simulate`)."""
 
 
-def rungs(images: int, calibration_images: int, *, first: int = 256, factor: int = 4) -> tuple[Rung, ...]:
+def rungs(
+    images: int, calibration_images: int, *, first: int = 256, factor: int = 4, precision: str = "fp32"
+) -> tuple[Rung, ...]:  # fmt: skip
     """Rungs of `first` images, then `factor` times as many each, up to all `images`; calibration grows alike.
 
     By whole batches, but on the first rung of several, which makes do with `FIRST` images.
@@ -47,7 +51,7 @@ def rungs(images: int, calibration_images: int, *, first: int = 256, factor: int
     calibration = [min(calibration_images, count * CALIBRATION_BATCH) for count in counts]
     if most:
         calibration[0] = min(calibration[0], FIRST)
-    return tuple(Rung(*each) for each in zip(sizes, calibration, strict=True))
+    return tuple(Rung(*each, precision) for each in zip(sizes, calibration, strict=True))
 
 
 def calibration_spent(steps: Sequence[Rung], rung: int) -> int:

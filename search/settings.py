@@ -44,6 +44,8 @@ class SearchConfig(Config):
     """top1, top5, balanced_accuracy or macro_f1; the task's own metric if left out."""
     zones: Annotated[StrictInt, Field(ge=0, le=100)] = 4
     """Parts of the range of costs in which the best children are looked for, beside the budgets: so there is a whole front."""
+    precision: Literal["fp32", "int8"] = "fp32"
+    """int8: children are scored and timed as they are when quantised; finalists by ONNX Runtime, candidates by a simulation."""
     finalists: Positive = 5
     """Children exported, measured and confirmed at a time."""
     profile_children: Annotated[StrictInt, Field(ge=8)] = 40

@@ -66,6 +66,21 @@ CREATE TABLE told (
 _TABLES = {"meta", "children", "confirmed", "measurements", "searches", "told"}
 
 
+def store_path(run: Path, precision: str = "fp32") -> Path:
+    """The file of a run's searches for children of that precision."""
+    return run / "search" / ("search.sqlite" if precision == "fp32" else f"search-{precision}.sqlite")
+
+
+def latest_store(run: Path) -> Path:
+    """The file of the run's latest search that ended; of one that goes on still, where there is no other."""
+    try:
+        precision = json.loads((run / "search" / "found.json").read_text()).get("precision", "fp32")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        precision = "fp32"
+    path = store_path(run, "int8" if precision == "int8" else "fp32")
+    return path if path.exists() else next((each for each in sorted(path.parent.glob("search*.sqlite"))), path)
+
+
 class Store:
     """An open search file. One object belongs to one thread; several processes may each open the file.
 

@@ -69,6 +69,7 @@ class _Way:
 
     def go(self) -> dict[str, Any]:
         settings = load_search_config(self.way.search)
+        self.target = Local(self.way.threads, precision=settings.precision)
         parse_all(list(self.way.budgets))  # one that cannot be read is an error before anything is trained
         self.seconds = _seconds_before(self.way.out)
         with self._timed("train"):

@@ -17,7 +17,7 @@ from search.objective import objective_named
 from search.report.figures import Measure
 from search.report.page import ReportContent, write_report
 from search.report.tables import more_tables
-from search.store import Store
+from search.store import Store, latest_store
 from supernet import durable
 from supernet.arch import Arch
 from supernet.console import number_of
@@ -48,7 +48,7 @@ def content_of(run: Run) -> ReportContent:
     found = Found.load(run)
     result = _result(run, found)
     model = _latency_model(run, found)
-    with Store.existing(run.path / "search" / "search.sqlite") as store:
+    with Store.existing(latest_store(run.path)) as store:
         scored = scores_of(run, store, objective_named(None, run.task))
     return ReportContent(
         title=run.path.name,
@@ -110,7 +110,7 @@ def _summary(name: str, child: Child, tested: Mapping[str, Any] | None, metric: 
 
 def _children(run: Run, found: Found, model: LatencyModel | None, scored: Mapping[Arch, float]) -> list[dict[str, Any]]:
     measured = {child.key: child.latency.latency_ms for child in (*found.finalists, *_three(found).values()) if child.latency}
-    with Store.existing(run.path / "search" / "search.sqlite") as store:
+    with Store.existing(latest_store(run.path)) as store:
         rows = store.rows(samples=False)
     codes = run.space.encode(list(scored))
     predicted = Feasible(run.space, Costs(run.space), (), model).table(codes).get("latency_ms")

@@ -55,7 +55,7 @@ def test_the_manifest_tells_the_whole_story(tiny_bundle: Bundle, tiny_searched: 
         "classes", "input", "output",
         "opset",
         "precision", "preprocessing", "training", "versions", "latency", "files", "parity", "accuracy",
-        "task",
+        "task", "models",
     }  # fmt: skip
     assert (manifest["key"], manifest["arch"]) == (best.key, best.arch.as_dict())
     assert {name: manifest[name] for name in METRICS} == arch_costs(run.space, best.arch)

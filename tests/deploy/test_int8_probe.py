@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 
-from deploy.int8 import quantised
+from deploy.int8_probe import quantised
 from deploy.probe import graph_of, probe
 from supernet.space import load_space
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from deploy.fold import folded
-from deploy.graph import pool_whole_maps
+from deploy.graph import forget_shapes, pool_whole_maps
 
 OPSET = 20
 INPUT, OUTPUT = "images", "logits"
@@ -39,6 +39,7 @@ def to_onnx(network: nn.Module, *, channels: int, resolution: int, output: str =
     if left:
         raise ValueError(f"an exported child holds neither batch norm nor a resize, but the graph has {left[0]}")
     pool_whole_maps(model.graph)
+    forget_shapes(model)
     _strip(model)
     onnx.checker.check_model(model, full_check=True)
     return model

@@ -39,6 +39,14 @@ def pool_whole_maps(graph: onnx.GraphProto) -> None:
     graph.initializer.extend(left)
 
 
+def forget_shapes(model: onnx.ModelProto) -> None:
+    """Leave out, in place, what the graph says of the shapes of inner values: ONNX Runtime finds them itself.
+
+    Where it is told them with a free batch it lays out memory otherwise, and ViT-Ti took 4 to 6 % longer.
+    """
+    del model.graph.value_info[:]
+
+
 def fixed(model: onnx.ModelProto, batch: int = 1) -> onnx.ModelProto:
     """The model for `batch` images and no other number, with every shape known: what NNAPI and CoreML need."""
     from onnxruntime.tools.onnx_model_utils import fix_output_shapes, make_input_shape_fixed
@@ -49,8 +57,9 @@ def fixed(model: onnx.ModelProto, batch: int = 1) -> onnx.ModelProto:
     with quiet():
         make_input_shape_fixed(found.graph, given.name, shape)
         fix_output_shapes(found)
-    del found.graph.value_info[:]  # some still speak of a free batch
-    return onnx.shape_inference.infer_shapes(found, strict_mode=True)
+    forget_shapes(found)
+    onnx.checker.check_model(found, full_check=True)
+    return found
 
 
 def from_pixels(model: onnx.ModelProto, preprocessing: Preprocessing, *, probabilities: bool) -> onnx.ModelProto:
@@ -113,6 +122,7 @@ def halved(model: onnx.ModelProto) -> onnx.ModelProto:
 
         found: onnx.ModelProto = convert_float_to_float16(_copy(model), keep_io_types=True)
         OnnxModel(found).topological_sort()  # the casts of input and output stand at the end
+    forget_shapes(found)
     onnx.checker.check_model(found)
     return found
 

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from deploy.graph import quiet
+from deploy.graph import forget_shapes, quiet
 from deploy.layers import OPERATORS
 from supernet.data.dataset import SplitImages
 from supernet.errors import InputError
@@ -117,6 +117,7 @@ class Quantiser:
             quantizer.quantize_model()
             quantizer.model.topological_sort()
             found: onnx.ModelProto = quantizer.model.model
+        forget_shapes(found)
         found.producer_name = "nestling"
         onnx.checker.check_model(found)
         return found

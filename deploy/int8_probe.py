@@ -13,6 +13,8 @@ import warnings
 import numpy as np
 import onnx
 
+from deploy.graph import forget_shapes
+
 RANGE = (np.float32(-4.0), np.float32(4.0))
 """Of every activation."""
 
@@ -42,6 +44,7 @@ def quantised(model: onnx.ModelProto) -> onnx.ModelProto:
         logging.disable(logging.NOTSET)
         logging.root.setLevel(level)
     found: onnx.ModelProto = quantizer.model.model
+    forget_shapes(found)
     _by_channel(found.graph)
     return found
 

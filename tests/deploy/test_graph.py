@@ -36,7 +36,8 @@ def test_of_fixed_shapes_every_shape_is_known_and_the_outputs_are_the_same(expor
     model = exported(name, "smallest")[2]
     found = fixed(model)
     assert shape_of(found.graph.input[0])[0] == shape_of(found.graph.output[0])[0] == 1
-    for value in (*found.graph.value_info, *found.graph.output):
+    assert not found.graph.value_info and not model.graph.value_info
+    for value in (*onnx.shape_inference.infer_shapes(found, strict_mode=True).graph.value_info, *found.graph.output):
         assert all(type(size) is int for size in shape_of(value)), value.name
     images = images_for(model, 3)
     np.testing.assert_allclose(

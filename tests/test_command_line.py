@@ -345,6 +345,20 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "run without a class": ("run", "--data", "{}/one class", "--out", "{}/new"),
     "run with a bad budget": ("run", "--data", "{}/lines.npz", "--out", "{}/new", "--budget", "latency<=8"),
     "run with an unknown search": ("run", "--data", "{}/lines.npz", "--out", "{}/new", "--search", "x"),
+    "export in an unknown format": ("export", "{}/run", "--out", "{}/new", "--arch", "smallest", "--format", "onnx,tflite"),
+    "export that may gain": (
+        "export",
+        "{}/run",
+        "--out",
+        "{}/new",
+        "--arch",
+        "smallest",
+        "--format",
+        "int8",
+        "--most-loss",
+        "-1",
+    ),
+    "a search in an unknown precision": ("search", "{}/run", "--precision", "int4"),
     "demo on an unknown device": ("demo", "--out", "{}/new", "--device", "gpu"),
 }
 

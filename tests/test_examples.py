@@ -41,6 +41,7 @@ SCRIPTS = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if "__mai
 MINUTES: dict[str, list[str]] = {
     "gpu_check": ["--device", "cpu"], "quality_cifar": [], "train_step": [], "ranking": [], "worth_it": [], "search_cost": [],
     "search_eval": [], "search_cluster": [], "racing": [], "search_truth": [], "latency_model": [], "exactness": [],
+    "export_latency": [],
 }  # fmt: skip
 """Benchmarks that are run by hand, and their options."""
 

@@ -13,10 +13,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from typer.testing import CliRunner
 
+import nestling
 from deploy import archive
+from deploy.again import verify_again
 from deploy.archive import pack, unpack
 from deploy.bundle import Bundle
+from deploy.measure import measured
 from supernet.errors import InputError
 
 SQUARE = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
@@ -159,3 +163,16 @@ def test_an_encrypted_archive_is_said(packed: Path) -> None:
     packed.write_bytes(bytes(data))
     with pytest.raises(InputError, match="encrypted"):
         Bundle.open(packed)
+
+
+def test_commands_take_an_archive(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify_again(packed, None, None)["graph"] == "ok"
+    SQUARE.save(tmp_path / "square.png")
+    done = CliRunner().invoke(nestling.app, ["predict", str(packed), str(tmp_path / "square.png"), "--json"])
+    assert done.exit_code == 0 and '"classes"' in done.output
+    with pytest.raises(InputError, match="needs a place of its own"):
+        measured(Bundle.open(packed), "local", 8, None, None, zipped=True)
+    damaged = made(tmp_path / "damaged.zip", *((path.name, path.read_bytes()) for path in Bundle.open(packed).path.iterdir()
+                                               if path.name != "card.md"))  # fmt: skip
+    with pytest.raises(InputError, match=r"card\.md"):
+        verify_again(damaged, None, None)

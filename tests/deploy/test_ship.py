@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from deploy import ship as shipping
 from deploy.bundle import Bundle
-from deploy.card import card, plain
+from deploy.card import card, front_matter, plain
 from deploy.ship import ship
 from search.found import Found
 from supernet import durable
@@ -72,6 +73,20 @@ def test_the_manifest_tells_the_whole_story(tiny_bundle: Bundle, tiny_searched: 
     }  # fmt: skip
     assert manifest["parity"]["onnx_images"] == manifest["accuracy"]["images"] == 48
     assert manifest["parity"]["agreement"] == 1.0
+
+
+def test_the_card_begins_with_what_model_hubs_read(tiny_bundle: Bundle) -> None:
+    _, front, text = (tiny_bundle.path / "card.md").read_text().split("---\n", 2)
+    found = yaml.safe_load(front)
+    assert (found["library_name"], found["pipeline_tag"]) == ("onnx", "image-classification")
+    (result,) = found["model-index"][0]["results"]
+    assert result["metrics"] == [{"type": "accuracy", "value": tiny_bundle.manifest["accuracy"]["top1"]}]
+    assert result["dataset"]["split"] == "test"
+    assert text.startswith("\n# Child")
+    hostile = {**tiny_bundle.manifest, "training": {**tiny_bundle.manifest["training"], "data": "a: b\n---\n!!python/object:x"}}
+    assert yaml.safe_load("\n".join(front_matter(hostile)[1:-2]))["model-index"][0]["results"][0]["dataset"]["type"].startswith(
+        "a: b"
+    )
 
 
 def test_the_accuracy_is_that_of_the_listed_predictions(tiny_bundle: Bundle, tiny_searched: tuple[Run, Found]) -> None:

@@ -76,7 +76,7 @@ def test_a_file_of_which_any_part_is_amiss_is_read_right_or_is_an_input_error(
     assert refused > 100
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_report_of_a_file_of_which_any_part_is_amiss_is_written_or_is_an_input_error(
     searched_copy: Run, tiny_found: Found
 ) -> None:  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from supernet.samples import Samples
 from supernet.task import Comparison, Task
 
 BATCH = 64
+MOST_BYTES = 512 << 20
+"""Of decoded images that are kept."""
 MOST_LOSS = {"classification": 0.005, "regression": 0.5}
 """Default of the accuracy gate by task: half a point of top1, half a dB."""
 
@@ -65,14 +67,21 @@ class Images:
     task: Task
     most: int | None = None
     """Only the first so many."""
+    _kept: list[NDArray[np.uint8]] = field(default_factory=list, repr=False, compare=False)
 
     def pixels(self) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
-        """Pixels, (n, H, W, C), and labels, (n,), batch by batch."""
+        """Pixels, (n, H, W, C), and labels, (n,), batch by batch; the first are decoded once, as many as there is room for."""
         split, count = self.split, min(len(self.split), self.most or len(self.split))
         prepared = split.preprocessing(self.resolution)
-        for start in range(0, count, BATCH):
+        for number, start in enumerate(range(0, count, BATCH)):
             stop = min(start + BATCH, count)
-            yield images_at(split.source, split.indices[start:stop], prepared), split.labels[start:stop]
+            if number < len(self._kept):
+                found = self._kept[number]
+            else:
+                found = images_at(split.source, split.indices[start:stop], prepared)
+                if number == len(self._kept) and sum(part.nbytes for part in (*self._kept, found)) <= MOST_BYTES:
+                    self._kept.append(found)
+            yield found, split.labels[start:stop]
 
     def outcome(self, run: Callable[[Outputs], Outputs]) -> Outcome:
         """Of a form that takes normalised images, (n, C, H, W)."""

@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from deploy import formats, mobile
+from deploy import formats, gate, mobile
 from deploy.bundle import Bundle
 from deploy.formats import FORMATS, Wanted, wanted
 from deploy.gate import Images, Outcome, agreement
@@ -227,3 +227,20 @@ def test_agreement_is_counted(tiny_run: Run) -> None:
     broken = agreement(images, one, replace(other, outputs=np.full((4, 3), np.nan, np.float32)))
     assert broken.difference == float("inf")
     assert task_named("classification").metric == "top1"
+
+
+def test_images_are_decoded_once_while_there_is_room(tiny_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    whole = gate.images_at
+    monkeypatch.setattr(gate, "images_at", lambda *given: read.append(1) or whole(*given))
+    monkeypatch.setattr(gate, "BATCH", 8)
+    images = Images(tiny_run.dataset.split("search_val"), 16, tiny_run.task, most=20)
+    first, again = ([pixels for pixels, _ in images.pixels()] for _ in range(2))
+    assert [len(part) for part in first] == [8, 8, 4] and len(read) == 3
+    assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
+    assert sum(len(labels) for _, labels in images.pixels()) == 20
+    monkeypatch.setattr(gate, "MOST_BYTES", 2 * first[0].nbytes)
+    few = Images(images.split, 16, images.task, most=20)
+    for _ in range(2):
+        assert sum(len(part) for part, _ in few.pixels()) == 20
+    assert len(read) == 3 + 3 + 1

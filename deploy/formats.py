@@ -192,13 +192,18 @@ class Converter:
             found = self.judged.outcome(session(model.SerializeToString()))
             return self.judged.task.compare(found.scores, self._judged.scores)
 
-        chosen = int8.choose(quantiser, change, self.most_loss, self._sensitive)
+        def confirm(model: onnx.ModelProto) -> Any:
+            found = self.confirm.outcome(session(model.SerializeToString()))
+            return self.confirm.task.compare(found.scores, self.plain.scores)
+
+        chosen = int8.choose(quantiser, change, confirm, self.most_loss, self._sensitive)
         tried = [each.as_dict() for each in chosen.tried]
         if chosen.model is None or chosen.attempt is None:
             best = max(chosen.tried, key=lambda each: each.change.difference)
             self.refused["model.int8.onnx"] = (
                 f"none of {len(tried)} ways to quantise it loses at most {self.most_loss:g}: the best changes the score by "
                 f"{best.change.difference:+.4f} on {len(self._judged.scores)} search_val images"
+                + (f", and by {best.confirmed.difference:+.4f} on the confirm images" if best.confirmed else "")
             )
             return None, {}
         layers = {node: layer for layer, node in self._nodes.items()} if chosen.attempt.kept else {}

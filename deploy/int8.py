@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -75,16 +75,18 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """An attempt, and the change of the score that it made (negative: worse)."""
+    """An attempt, and the change of the score that it made (negative: worse); on the confirm images, if it came so far."""
 
     attempt: Attempt
     change: Comparison
+    confirmed: Comparison | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""
         change = self.change
         return {"operators": self.attempt.operators, "calibration": self.attempt.calibration, "fp32_layers": len(self.attempt.kept),
-                "change": change.difference, "low": change.low, "high": change.high}  # fmt: skip
+                "change": change.difference, "low": change.low, "high": change.high,
+                **({"confirm_change": self.confirmed.difference} if self.confirmed else {})}  # fmt: skip
 
 
 class Quantiser:
@@ -170,18 +172,22 @@ class Choice:
 
 
 def choose(
-    make: Callable[[Attempt], onnx.ModelProto], change: Callable[[onnx.ModelProto], Comparison], most_loss: float,
-    sensitive: Callable[[], Sequence[str]],
+    make: Callable[[Attempt], onnx.ModelProto], change: Callable[[onnx.ModelProto], Comparison],
+    confirm: Callable[[onnx.ModelProto], Comparison], most_loss: float, sensitive: Callable[[], Sequence[str]],
 ) -> Choice:  # fmt: skip
-    """The first attempt whose mean score is at most `most_loss` below that of fp32, on the same images (`change`: int8 less fp32).
+    """The first attempt whose mean score is at most `most_loss` below that of fp32, on the same images.
 
-    `sensitive` names operators, the most sensitive first; at most half of them stay in fp32.
+    `change` is int8 less fp32 on images to choose by; what passes there must pass by `confirm` too. `sensitive` names operators, the
+    most sensitive first; at most half of them stay in fp32.
     """
     tried: list[Tried] = []
     for attempt in _attempts(tried, sensitive):
         model = make(attempt)
         tried.append(Tried(attempt, change(model)))
-        if tried[-1].change.difference >= -most_loss:
+        if tried[-1].change.difference < -most_loss:
+            continue
+        tried[-1] = replace(tried[-1], confirmed=(confirmed := confirm(model)))
+        if confirmed.difference >= -most_loss:
             return Choice(model, attempt, tuple(tried))
     return Choice(None, None, tuple(tried))
 

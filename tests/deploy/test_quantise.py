@@ -85,7 +85,9 @@ def test_what_cannot_be_is_refused(exported: Exported) -> None:
 # --- the choice ---
 
 
-def chosen(losses: dict[Attempt, float], most_loss: float = 0.005, names: int = 10) -> tuple[Attempt | None, list[Attempt]]:
+def chosen(
+    losses: dict[Attempt, float], most_loss: float = 0.005, names: int = 10, unconfirmed: dict[Attempt, float] | None = None
+) -> tuple[Attempt | None, list[Attempt]]:  # fmt: skip
     """The choice where each attempt loses what it is said to; others lose 1."""
     asked: list[Attempt] = []
 
@@ -96,7 +98,11 @@ def chosen(losses: dict[Attempt, float], most_loss: float = 0.005, names: int = 
     def change(model: onnx.ModelProto) -> Comparison:
         return Comparison(-losses.get(asked[-1], 1.0), -1, 1, 1.0)
 
-    found = choose(make, change, most_loss, lambda: [f"n{number}" for number in range(names)])
+    def confirm(model: onnx.ModelProto) -> Comparison:
+        return Comparison(-(unconfirmed or {}).get(asked[-1], 0.0), -1, 1, 1.0)
+
+    found = choose(make, change, confirm, most_loss, lambda: [f"n{number}" for number in range(names)])
+    assert all((each.confirmed is not None) == (each.change.difference >= -most_loss) for each in found.tried)
     assert [each.attempt for each in found.tried] == asked
     assert (found.model is None) == (found.attempt is None)
     return found.attempt, asked
@@ -117,6 +123,13 @@ def test_the_most_sensitive_layers_go_first_with_the_better_ranges_at_most_half_
     assert [len(each.kept) for each in asked] == [0, 0, 0, 0, 1, 2, 4]
     found, asked = chosen({best: 0.1})
     assert found is None and len(asked[-1].kept) == 4
+
+
+def test_what_is_not_confirmed_is_followed_by_the_next() -> None:
+    weighted = Attempt("weighted")
+    found, asked = chosen({Attempt(): 0.0, weighted: 0.0}, unconfirmed={Attempt(): 0.006})
+    assert found == weighted
+    assert asked == [Attempt(), Attempt(calibration="percentile"), weighted]
 
 
 def test_a_gain_passes_any_gate_and_an_exact_bound_holds() -> None:

@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,13 @@ class Bundle:
 
     path: Path
     manifest: Mapping[str, Any]
+    origin: Path | None = field(default=None, compare=False)
+    """The .zip that it came in."""
+
+    @property
+    def name(self) -> str:
+        """Of the folder, or the .zip."""
+        return (self.origin or self.path).resolve().name
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
@@ -82,7 +89,7 @@ class Bundle:
         folder = Path(tempfile.mkdtemp(prefix="nestling-"))
         try:
             archive.unpack(path, folder)
-            bundle = cls.open(folder)
+            bundle = replace(cls.open(folder), origin=path)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from deploy.targets import Target
     from supernet.arch import Arch
     from supernet.run import Run
+    from supernet.task import Task
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder or .zip that `nestling export` wrote.")]
@@ -89,7 +90,10 @@ def _how(run: Run, formats: str, target: str | None, most_loss: float | None) ->
     """What files are to be made, and for which device."""
     from deploy.formats import wanted
     from deploy.places import parse_target
+    from supernet.errors import InputError
 
+    if most_loss is not None and not 0 <= most_loss < float("inf"):
+        raise InputError(f"--most-loss is 0 or more points of accuracy (of a regression, dB), but got {most_loss:g}")
     place = parse_target(target) if target else None
     unit = 100 if most_loss is not None and run.task.unit == "%" else 1
     return wanted(formats, place, None if most_loss is None else most_loss / unit), place
@@ -117,16 +121,19 @@ def _tell(run: Run, bundle: Bundle) -> None:
     print(f"verified: supernet child to extracted child {parity['child_difference']:.2e}, torch to ONNX Runtime "
           f"{parity['onnx_difference']:.2e}, {proof} {parity['onnx_images']} images")  # fmt: skip
     if len(bundle.manifest["models"]) > 1:
-        print("\n".join(model_line(each, show) for each in bundle.manifest["models"]))
+        print("\n".join(model_line(each, run.task) for each in bundle.manifest["models"]))
     for name, reason in bundle.manifest.get("refused", {}).items():
         print(f"{name} was not made: {reason}")
 
 
-def model_line(model: Mapping[str, Any], show: Callable[[float], str]) -> str:
-    """A file of a bundle in a line: size, score and latency. `show` writes a score."""
+def model_line(model: Mapping[str, Any], task: Task) -> str:
+    """A file of a bundle in a line: size, score and latency."""
+    from deploy.gate import written
+
     line = f"{model['file']}: {model['size_bytes']:,} bytes"
     if parity := model.get("parity"):
-        line += f", score {show(parity['score'])} ({parity['change']:+.4f} against fp32, {parity['images']} confirm images)"
+        change = written(parity["change"], task)
+        line += f", score {task.show(parity['score'])} ({change} against fp32, {parity['images']} confirm images)"
     if latency := model.get("latency"):
         line += f", {latency['latency_ms']:.4g} ms" + ("" if latency["stable"] else " (not stable)")
     if kept := model.get("fp32_layers"):
@@ -219,7 +226,8 @@ def measure(
         print_json({"card": str(path), **card.as_dict()})
         return
     print("\n".join(card.sentences()))
-    print(f"card: {path} and {path.with_suffix('.md').name}; again: nestling measure --verify {path}")
+    elsewhere = "" if path.parent.resolve() == bundle.resolve() else f" {bundle}"
+    print(f"card: {path} and {path.with_suffix('.md').name}; again: nestling measure --verify {path}{elsewhere}")
 
 
 def best_of(run: Run) -> tuple[Arch, list[Mapping[str, Any]]]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from deploy import int8, mobile
-from deploy.gate import MOST_LOSS, Images, Outcome, Outputs, agreement
+from deploy.gate import MOST_LOSS, Images, Outcome, Outputs, agreement, written
 from deploy.graph import PIXELS, fixed, from_pixels, halved
 from deploy.layers import node_of_layer
 from deploy.runtimes.onnxruntime import OnnxRuntime
@@ -179,9 +179,11 @@ class Converter:
         if np.isfinite(found.difference) and change.difference >= -self.most_loss:
             yield Converted(name, data, {**facts, "parity": found.as_dict()})
             return
+        task = self.confirm.task
+        low, mean, high, may = (written(each, task) for each in (change.low, change.difference, change.high, -self.most_loss))
         self.refused[name] = (
-            f"on {found.images} confirm images its score is {show(found.score)}, {change.difference:+.4f} against fp32 "
-            f"({change.low:+.4f} to {change.high:+.4f}), and may lose {self.most_loss:g}"
+            f"on {found.images} confirm images its score is {show(found.score)}, {mean} against fp32 ({low} to {high}), and may "
+            f"change by {may}"
         )
 
     def _int8(self) -> tuple[onnx.ModelProto | None, dict[str, Any]]:
@@ -200,10 +202,15 @@ class Converter:
         tried = [each.as_dict() for each in chosen.tried]
         if chosen.model is None or chosen.attempt is None:
             best = max(chosen.tried, key=lambda each: each.change.difference)
+            task, confirmed, most = self.confirm.task, best.confirmed, written(self.most_loss, self.confirm.task)[1:]
             self.refused["model.int8.onnx"] = (
-                f"none of {len(tried)} ways to quantise it loses at most {self.most_loss:g}: the best changes the score by "
-                f"{best.change.difference:+.4f} on {len(self._judged.scores)} search_val images"
-                + (f", and by {best.confirmed.difference:+.4f} on the confirm images" if best.confirmed else "")
+                f"none of {len(tried)} ways to quantise it loses at most {most}: the best changes the score by "
+                f"{written(best.change.difference, task)} on {len(self._judged.scores)} search_val images"
+                + (
+                    f", and by {written(confirmed.difference, task)} on {len(self.plain.scores)} confirm images"
+                    if confirmed
+                    else ""
+                )
             )
             return None, {}
         layers = {node: layer for layer, node in self._nodes.items()} if chosen.attempt.kept else {}

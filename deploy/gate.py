@@ -111,6 +111,11 @@ class Images:
         return Outcome(np.concatenate(outputs), np.concatenate(scores))
 
 
+def written(change: float, task: Task) -> str:
+    """A change of the mean score in words, with its sign: points of a fraction, or the score's own unit."""
+    return f"{100 * change:+.2f} points" if task.unit == "%" else f"{change:+.3g} {task.unit}"
+
+
 def agreement(images: Images, expected: Outcome, found: Outcome) -> Agreement:
     """How far `found` is from `expected`."""
     scale = float(np.abs(expected.outputs).max())

@@ -73,7 +73,7 @@ def measure(
         for (name, model), taken, weight in zip(files, sittings, weights, strict=True)
     )  # fmt: skip
     return Measurement(
-        datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), bundle.path.resolve().name, str(bundle.fact("key")),
+        datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), bundle.name, str(bundle.fact("key")),
         precision, int(bundle.fact("model_size_bytes")), text, target.name, device, before, after, batch, width, most_seconds, models,
     )  # fmt: skip
 

@@ -69,6 +69,8 @@ class Predictor:
         except Exception as error:  # ONNX Runtime has a bare exception of its own for every kind of damage
             reason = " ".join(str(error).split())
             raise ValueError(f"{self.folder / model} cannot be loaded ({reason}): export it again") from error
+        if self._session.get_inputs()[0].type != "tensor(float)":
+            raise ValueError(f"{self.folder / model} takes pixels (uint8), for programs of your own: choose another model here")
         self._check_shapes()
 
     def _check_shapes(self) -> None:

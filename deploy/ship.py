@@ -21,7 +21,7 @@ from deploy.formats import GATE_IMAGES, Converter, Wanted
 from deploy.gate import Images, agreement
 from deploy.layers import first_difference
 from deploy.predict import FORMAT, OUTPUTS, Predictor
-from deploy.targets import Latency, Model, Target
+from deploy.targets import Latency, Model, Target, of_precision
 from supernet import durable
 from supernet.arch import Arch
 from supernet.costs import arch_costs
@@ -75,6 +75,10 @@ def ship(
         )
         manifest["parity"] = {**parity.as_dict(), "confirm": _confirmed(confirm, plain, converter)}
         manifest |= _converted(draft, converter, target)
+        made = {
+            each["precision"] for each in manifest["models"]
+        }  # what a search measured of a file that was not made is left out
+        manifest["latency"] = [each for each in manifest["latency"] if each["fingerprint"].get("precision", "fp32") in made]
         estimate = run.task.estimate(found.scores)
         manifest["accuracy"] = {
             "metric": run.task.metric, "split": split, "images": estimate.images, run.task.metric: estimate.value,
@@ -118,7 +122,8 @@ def _converted(draft: Path, converter: Converter, target: Target | None) -> dict
                  for each in timed]  # fmt: skip
         fingerprint, date = target.fingerprint(), datetime.datetime.now(datetime.UTC).date().isoformat()
         for each, timing in zip(timed, target.measure(given), strict=True):
-            latency = Latency(target.name, timing.latency_ms, timing.low_ms, timing.high_ms, fingerprint, date)
+            device = of_precision(fingerprint, each["precision"])
+            latency = Latency(target.name, timing.latency_ms, timing.low_ms, timing.high_ms, device, date)
             each["latency"] = {**latency.as_dict(), "stable": timing.stable}
     found: dict[str, Any] = {"models": models}
     if converter.refused:

@@ -282,6 +282,12 @@ def fingerprinted(here: Mapping[str, Any], target: Any) -> dict[str, Any]:
     return {**facts, "hash": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]}
 
 
+def of_precision(fingerprint: Mapping[str, Any], precision: str) -> dict[str, Any]:
+    """The fingerprint of the same machine for models of another precision."""
+    facts = {**{name: value for name, value in fingerprint.items() if name != "hash"}, "precision": precision}
+    return {**facts, "hash": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]}
+
+
 def differing(one: Mapping[str, Any], other: Mapping[str, Any], here: str = "here", there: str = "there") -> str:
     """In words, where two fingerprints differ."""
     names = [name for name in sorted(set(one) | set(other)) if name != "hash" and one.get(name) != other.get(name)]

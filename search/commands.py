@@ -157,9 +157,12 @@ def search(
     from search.settings import load_search_config
     from supernet import device as devices
     from supernet.console import Display, print_json, print_table
+    from supernet.errors import InputError
     from supernet.recipe import parse_overrides
     from supernet.run import Run
 
+    if precision not in (None, "fp32", "int8"):
+        raise InputError(f"--precision is fp32 or int8, but got {precision[:40]!r}")
     given = parse_overrides(set_ or []) | ({"precision": precision} if precision else {})
     settings = load_search_config(search_config, given)
     asked = Asked(tuple(budget or ()), tuple(child or ()), front, settings, targets_of(target or (), threads, settings.precision),

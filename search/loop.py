@@ -98,10 +98,9 @@ class _Search:
 
     def __post_init__(self) -> None:
         self.settings, self.space = self.asked.settings, self.run.space
-        here = Local(precision=self.settings.precision)  # in place of the default
-        self.asked = replace(
-            self.asked, targets={name: here if target == Local() else target for name, target in self.asked.targets.items()}
-        )
+        if self.asked.targets.get(None) == Local():  # the default
+            here = Local(precision=self.settings.precision)
+            self.asked = replace(self.asked, targets={**self.asked.targets, None: here})
         self.budgets, self.wanted = parse_budgets(self.asked.budgets), list(wanted(self.asked.children))
         self.objective = self.asked.objective or objective_named(self.settings.objective, self.run.task)
         self.bounds = (*self.budgets, *(budget for want in self.wanted for budget in want.budgets))
@@ -324,4 +323,6 @@ def refuse_unreachable(name: str | None, target: Target) -> None:
 def smallest_latency_ms(space: Space, target: Target) -> float:
     """Upper end of the measured latency of the smallest child, in ms."""
     arch = space.smallest
-    return target.measure([Model(probe(space, arch), space.family.in_channels, space.resolution(arch))])[0].high_ms
+    return target.measure([Model(probe(space, arch, target.precision), space.family.in_channels, space.resolution(arch))])[
+        0
+    ].high_ms

@@ -39,6 +39,7 @@ def test_packed_it_opens_and_predicts_the_same(tiny_bundle: Bundle, packed: Path
     np.testing.assert_array_equal(opened.predict(SQUARE), tiny_bundle.predict(SQUARE))
     place = opened.path
     assert place.is_dir()
+    assert (opened.name, tiny_bundle.name) == ("b.zip", tiny_bundle.path.name)
     del opened
     assert not place.exists()
 
@@ -172,7 +173,8 @@ def test_commands_take_an_archive(packed: Path, tmp_path: Path, capsys: pytest.C
     assert done.exit_code == 0 and '"classes"' in done.output
     with pytest.raises(InputError, match="needs a place of its own"):
         measured(Bundle.open(packed), "local", 8, None, None, zipped=True)
-    damaged = made(tmp_path / "damaged.zip", *((path.name, path.read_bytes()) for path in Bundle.open(packed).path.iterdir()
-                                               if path.name != "card.md"))  # fmt: skip
+    opened = Bundle.open(packed)  # what it unpacked to goes with it
+    files = [(path.name, path.read_bytes()) for path in opened.path.iterdir() if path.name != "card.md"]
+    damaged = made(tmp_path / "damaged.zip", *files)
     with pytest.raises(InputError, match=r"card\.md"):
         verify_again(damaged, None, None)

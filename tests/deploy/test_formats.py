@@ -70,6 +70,7 @@ def test_all_files_are_listed_with_their_proof(everything: Bundle, tiny_run: Run
     for name, each in listed.items():
         assert each["size_bytes"] == (everything.path / name).stat().st_size
         assert ("latency" in each) == (name != "model.pixels.onnx")
+        assert "latency" not in each or each["latency"]["fingerprint"]["precision"] == each["precision"]
         if name == "model.onnx":
             continue
         parity = each["parity"]
@@ -112,7 +113,7 @@ def test_a_model_that_the_bundle_does_not_have_is_named(everything: Bundle) -> N
         with pytest.raises(ValueError, match=r"its models are model") as raised:
             Predictor(everything.path, model=name)
         assert str(raised.value).isprintable()
-    with pytest.raises(ValueError, match="the manifest describes"):
+    with pytest.raises(ValueError, match=r"takes pixels .uint8., for programs of your own"):
         Predictor(everything.path, model="model.pixels.onnx")
 
 
@@ -134,7 +135,7 @@ def test_what_rounding_may_not_cost_is_not_shipped_and_said(
     monkeypatch.setattr(formats, "sensitivities", lambda network, images: [])
     bundle = ship(run, found.best.arch, tmp_path / "b", split="confirm", wanted=Wanted(("int8", "ort", "fp16"), most_loss=0.01))
     assert {each["file"] for each in bundle.manifest["models"]} == {"model.onnx", "model.fp16.onnx", "model.ort"}
-    assert "none of 4 ways to quantise it loses at most 0.01" in bundle.manifest["refused"]["model.int8.onnx"]
+    assert "none of 4 ways to quantise it loses at most 1.00 points" in bundle.manifest["refused"]["model.int8.onnx"]
     assert "model.int8.onnx` was not made" in (tmp_path / "b" / "card.md").read_text()
 
 

@@ -19,7 +19,7 @@ from deploy.targets import Local
 from search.commands import targets_of
 from search.evaluate import SharedEvaluator
 from search.found import Found
-from search.loop import Asked, search, steps_of
+from search.loop import Asked, search, smallest_latency_ms, steps_of
 from search.rungs import Rung
 from search.settings import SearchConfig
 from search.store import Store, latest_store, store_path
@@ -121,6 +121,13 @@ def test_a_target_of_another_precision_is_refused(tiny_run: Run) -> None:
         search(tiny_run, Asked((), settings=SETTINGS, targets={None: FakeTarget()}))
     assert {target.precision for target in targets_of(["a=local:2"], 1, "int8").values()} == {"int8"}
     assert Asked().targets == {None: Local()}
+    with pytest.raises(InputError, match="local:threads=1 times others"):
+        search(tiny_run, Asked((), settings=SETTINGS, targets={None: Local(precision="int8"), "a": Local()}))
+
+
+def test_the_least_latency_is_that_of_the_quantised_smallest_child(tiny_run: Run) -> None:
+    found = smallest_latency_ms(tiny_run.space, FakeTarget(precision="int8", milliseconds=nodes_of))
+    assert found > 1.5 * smallest_latency_ms(tiny_run.space, FakeTarget(milliseconds=nodes_of))
 
 
 def test_rungs_carry_the_precision(tiny_run: Run) -> None:

@@ -573,9 +573,15 @@ def test_a_run_that_train_began_is_not_taken_for_one_of_other_data(
     assert "other data" in line
 
 
+@pytest.mark.slow
+def test_an_impossible_weight_ends_the_whole_way_before_training(command: Command, easy_npz: Path, tmp_path: Path) -> None:
+    line = assert_a_mistake(command("run", "--data", easy_npz, "--out", tmp_path / "run", "--budget", "resident_bytes<=1M"))
+    assert "the smallest child's resident_bytes, the smallest reachable, is" in line
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 @pytest.mark.parametrize(("budget", "said"), [
     ("latency_ms<=0.001", "smallest reachable latency_ms is 0.0113"), ("load_ms@phone<=9", "measures on this machine alone"),
-    pytest.param("resident_bytes<=1M", "the smallest child's resident_bytes, the smallest reachable, is", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_an_impossible_budget_ends_the_whole_way_before_training(
     command: Command, easy_npz: Path, tmp_path: Path, fake_clock: None, budget: str, said: str

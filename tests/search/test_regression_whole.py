@@ -151,7 +151,8 @@ def test_the_manifest_of_a_regression_says_so(bundle: Bundle, searched: tuple[Ru
     assert manifest["accuracy"]["metric"] == "psnr_db"
     parity = manifest["parity"]
     assert set(parity) == {
-        "child_images", "child_difference", "onnx_images", "onnx_difference", "largest_output", "relative_difference",
+        "child_images", "child_difference", "folded_difference", "onnx_images", "onnx_difference", "largest_output",
+        "relative_difference", "confirm",
     }  # fmt: skip
     assert 0 < parity["relative_difference"] == parity["onnx_difference"] / parity["largest_output"] < 1e-4
     listed = json.loads((bundle.path / "images.json").read_text())["images"]
@@ -276,7 +277,7 @@ def test_a_bundle_of_before_there_were_tasks_is_a_classifier_and_none_can_pose_a
     if told is None:
         np.testing.assert_array_equal(Bundle.open(folder).predict(picture), tiny_bundle.predict(picture))
     else:
-        with pytest.raises(InputError, match=r"the manifest describes .*outputs.* but the model has .*logits"):
+        with pytest.raises(InputError, match=r"the manifest describes .*outputs.* but model.onnx has .*logits"):
             Bundle.open(folder).predict(picture)
 
 

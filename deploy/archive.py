@@ -40,22 +40,11 @@ def unpack(path: Path, into: Path) -> None:
                         if left < 0:
                             raise InputError(f"{path} unpacks to more than {MOST_BYTES >> 30} GiB: it is no bundle")
                         target.write(data)
-    except (
-        zipfile.BadZipFile,
-        zipfile.LargeZipFile,
-        RuntimeError,
-        NotImplementedError,
-        EOFError,
-        ValueError,
-        OverflowError,
-    ) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} cannot be unpacked ({error}): copy it again, or export the child again") from error
-    except Exception as error:  # what zlib and others raise of damaged data shares no base class
-        if isinstance(error, OSError):
-            raise
-        raise InputError(f"{path} cannot be unpacked ({type(error).__name__}): copy it again") from error
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # what zipfile, zlib and others raise of damaged data shares no base class
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path} cannot be unpacked ({reason}): copy it again, or export the child again") from error
 
 
 def _refuse(path: Path, listed: list[zipfile.ZipInfo]) -> None:

@@ -221,7 +221,7 @@ def measure(
         return
     if bundle is None:
         raise InputError("nestling measure takes the BUNDLE that is to be measured, or --verify with a card, but got neither")
-    card, path = measured(Bundle.open(bundle), target or "local", batch, most_seconds, out, zipped=bundle.is_file())
+    card, path = measured(Bundle.open(bundle), target or "local", batch, most_seconds, out)
     if as_json:
         print_json({"card": str(path), **card.as_dict()})
         return

@@ -92,7 +92,12 @@ def from_pixels(model: onnx.ModelProto, preprocessing: Preprocessing, *, probabi
         name = PROBABILITIES
     else:
         name, shape = "images", [batch, side, side, channels]
-        numbers |= {"output_scale": std, "output_shift": mean, "black": np.float32(0), "white": np.float32(1)}  # type: ignore[dict-item]
+        numbers |= {
+            "output_scale": std,
+            "output_shift": mean,
+            "black": np.zeros((), np.float32),
+            "white": np.ones((), np.float32),
+        }
         after = [
             helper.make_node("Transpose", [outer], ["made_nhwc"], perm=[0, 2, 3, 1]),
             helper.make_node("Mul", ["made_nhwc", "output_scale"], ["made_scaled"]),
@@ -107,7 +112,7 @@ def from_pixels(model: onnx.ModelProto, preprocessing: Preprocessing, *, probabi
         node.name = f"preprocessing_{number}"
     del graph.node[:], graph.input[:], graph.output[:]
     graph.node.extend(nodes)
-    graph.initializer.extend(numpy_helper.from_array(np.asarray(value), key) for key, value in numbers.items())
+    graph.initializer.extend(numpy_helper.from_array(value, key) for key, value in numbers.items())
     graph.input.append(helper.make_tensor_value_info(PIXELS, TensorProto.UINT8, [batch, side, side, channels]))
     graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
     onnx.checker.check_model(found, full_check=True)

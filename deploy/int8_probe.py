@@ -7,13 +7,10 @@ the graph is that of quantisation by channel but for the numbers.
 
 from __future__ import annotations
 
-import logging
-import warnings
-
 import numpy as np
 import onnx
 
-from deploy.graph import forget_shapes
+from deploy.graph import forget_shapes, quiet
 
 RANGE = (np.float32(-4.0), np.float32(4.0))
 """Of every activation."""
@@ -21,8 +18,7 @@ RANGE = (np.float32(-4.0), np.float32(4.0))
 
 def quantised(model: onnx.ModelProto) -> onnx.ModelProto:
     """An int8 copy of a model: QDQ, weights per channel in int8, activations in uint8, as x86 with VNNI and arm64 run fastest."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the modules that are imported
+    with quiet():  # the modules that are imported warn, too
         from onnxruntime.quantization import CalibrationMethod, QuantType
         from onnxruntime.quantization.calibrate import TensorsData
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -36,13 +32,8 @@ def quantised(model: onnx.ModelProto) -> onnx.ModelProto:
         tensors_range=ranges, nodes_to_quantize=[], nodes_to_exclude=[], op_types_to_quantize=[*{*QLinearOpsRegistry, *QDQRegistry}],
         extra_options={"DedicatedQDQPair": False},
     )  # fmt: skip
-    level = logging.root.level
-    logging.disable(logging.WARNING)
-    try:
+    with quiet():
         quantizer.quantize_model()
-    finally:
-        logging.disable(logging.NOTSET)
-        logging.root.setLevel(level)
     found: onnx.ModelProto = quantizer.model.model
     forget_shapes(found)
     _by_channel(found.graph)

@@ -98,7 +98,6 @@ def _values(model: onnx.ModelProto, names: Sequence[str], images: NDArray[Any]) 
         helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in dict.fromkeys(names) if name not in there
     )
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(opened.SerializeToString(), options, providers=["CPUExecutionProvider"])
     found: list[NDArray[Any]] = session.run(list(names), {session.get_inputs()[0].name: images})

@@ -124,14 +124,12 @@ def pooled(taken: Sequence[Timing], width: float) -> Timing:
     )  # fmt: skip
 
 
-def measured(
-    bundle: Bundle, text: str, batch: int, most_seconds: float | None, out: Path | None, *, zipped: bool = False
-) -> tuple[Measurement, Path]:  # fmt: skip
+def measured(bundle: Bundle, text: str, batch: int, most_seconds: float | None, out: Path | None) -> tuple[Measurement, Path]:
     """Measure a bundle and write the card, into the bundle or to `out`; returns both card and place.
 
-    A bundle that is `zipped` has no room for it. Raises `InputError`; for a place that will not do, before anything is measured.
+    A bundle in a .zip has no room for it. Raises `InputError`; for a place that will not do, before anything is measured.
     """
-    if out is None and zipped:
+    if out is None and bundle.origin is not None:
         raise InputError("the card of a .zip needs a place of its own: give --out CARD.json")
     if out is None:
         durable.refuse_unwritable(bundle.path)

@@ -130,12 +130,13 @@ class Bench:
 
     def _exported(self, arch: Arch) -> Model:
         space, resolution = self.run.space, self.run.space.resolution(arch)
-        model = to_onnx(self.evaluator.calibrated(arch), channels=space.family.in_channels, resolution=resolution)
-        if self.precision == "int8":
-            if arch not in self._quantised:
-                batches, recipe = int8.calibration_batches(self.evaluator.train, resolution), int8.recipe_here()
-                self._quantised[arch] = int8.Quantiser(model, batches, recipe)(int8.Attempt())
+        if arch in self._quantised:
             model = self._quantised[arch]
+        else:
+            model = to_onnx(self.evaluator.calibrated(arch), channels=space.family.in_channels, resolution=resolution)
+            if self.precision == "int8":
+                batches, recipe = int8.calibration_batches(self.evaluator.train, resolution), int8.recipe_here()
+                model = self._quantised[arch] = int8.Quantiser(model, batches, recipe)(int8.Attempt())
         return Model(model.SerializeToString(), space.family.in_channels, resolution)
 
 

@@ -172,7 +172,7 @@ def test_commands_take_an_archive(packed: Path, tmp_path: Path, capsys: pytest.C
     done = CliRunner().invoke(nestling.app, ["predict", str(packed), str(tmp_path / "square.png"), "--json"])
     assert done.exit_code == 0 and '"classes"' in done.output
     with pytest.raises(InputError, match="needs a place of its own"):
-        measured(Bundle.open(packed), "local", 8, None, None, zipped=True)
+        measured(Bundle.open(packed), "local", 8, None, None)
     opened = Bundle.open(packed)  # what it unpacked to goes with it
     files = [(path.name, path.read_bytes()) for path in opened.path.iterdir() if path.name != "card.md"]
     damaged = made(tmp_path / "damaged.zip", *files)
